@@ -1,0 +1,286 @@
+"""What a trial and a study declare before they run: arms, metric, claim, tuning and seeds.
+
+Everything here is a frozen dataclass of plain values, so that a declaration can be hashed, printed and compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal, Protocol, TypeAlias
+
+import numpy as np
+
+Scalar: TypeAlias = float | int | str | bool
+"""A hyperparameter's value."""
+
+Hyperparameters: TypeAlias = Mapping[str, Scalar]
+
+
+class Log(Protocol):
+    """Where one training run writes what it wants to keep besides its final metrics."""
+
+    def value(self, name: str, value: float, step: int) -> None:
+        """Keep one point of the curve ``name`` at ``step``."""
+
+    def array(self, name: str, array: np.ndarray) -> None:
+        """Keep a small array (at most 1 MB) for a figure; the last one of a name wins."""
+
+
+Run: TypeAlias = Callable[[Any, str, Hyperparameters, int, Log], Mapping[str, float]]
+"""``run(cfg, arm, hp, seed, log) -> metrics``: one training run, with no globals."""
+
+
+# --- arms ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Arms:
+    """The arms of a trial and the part each one plays.
+
+    Args:
+        baseline: what the user has today.
+        method: what is claimed to be better.
+        rivals: trivial alternatives that must be beaten as well; a method that is not better than a rival is
+            reported as 'supported, but reduces to <rival>'.
+        ceiling: the arm that bounds what is possible (for example: trained on the target's labels), if any.
+        others: arms that are shown and that secondary claims may name.
+    """
+
+    baseline: str
+    method: str
+    rivals: tuple[str, ...] = ()
+    ceiling: str | None = None
+    others: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        names = self.names()
+        if len(set(names)) != len(names):
+            raise ValueError(f"arms must have distinct names, got {list(names)}. Rename the repeated one.")
+
+    def names(self) -> tuple[str, ...]:
+        """All arms in the order in which they are shown."""
+        ceiling = () if self.ceiling is None else (self.ceiling,)
+        return (self.baseline, *self.rivals, *self.others, self.method, *ceiling)
+
+    def role(self, arm: str) -> str:
+        """``baseline``, ``method``, ``rival``, ``ceiling`` or ``other``."""
+        fixed = {self.baseline: "baseline", self.method: "method", self.ceiling: "ceiling"}
+        return fixed.get(arm) or ("rival" if arm in self.rivals else "other")
+
+
+# --- what is measured and claimed ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number that a run returns.
+
+    Args:
+        name: key in the mapping that ``run`` returns.
+        better: ``"higher"`` or ``"lower"``.
+        unit: how the number is shown, for example ``"fraction"`` (printed as per cent) or ``"nats"``.
+        worst: the score that a failed, diverged or timed-out run is given.
+    """
+
+    name: str
+    better: Literal["higher", "lower"] = "higher"
+    unit: str = ""
+    worst: float = 0.0
+
+
+@dataclass(frozen=True)
+class Greater:
+    """Claim: ``arm`` is better than ``than`` by more than ``by`` (in the metric's unit, always >= 0)."""
+
+    arm: str
+    than: str
+    by: float = 0.0
+    metric: Metric | None = None  # None: the trial's primary metric
+
+
+@dataclass(frozen=True)
+class Equivalent:
+    """Claim: ``arm`` and ``than`` differ by less than ``within`` (two one-sided tests)."""
+
+    arm: str
+    than: str
+    within: float
+    metric: Metric | None = None
+
+
+Claim: TypeAlias = Greater | Equivalent
+
+
+@dataclass(frozen=True)
+class PaperResult:
+    """The paper's own numbers, shown beside ours and never merged with them."""
+
+    where: str
+    setting: str
+    baseline: float | None = None
+    method: float | None = None
+    ceiling: float | None = None
+    note: str = ""
+
+
+# --- tuning and seeds ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LogUniform:
+    """Values between ``low`` and ``high``, uniform in the logarithm."""
+
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """Values between ``low`` and ``high``."""
+
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of ``values``, in their natural order (so that an optimum at either end is noticed)."""
+
+    values: tuple[Scalar, ...]
+
+
+Domain: TypeAlias = LogUniform | Uniform | Choice
+
+
+@dataclass(frozen=True)
+class Tune:
+    """An equal tuning budget for every arm.
+
+    Args:
+        trials: number of quasi-random points per arm, the same for all arms.
+        select: the metric by which the best point is chosen; it must not use test data.
+        shared: domains that every arm tunes (all arms get the same points).
+        only: further domains of single arms, by arm.
+        size: the size of the trial at which tuning runs.
+    """
+
+    trials: int
+    select: Metric
+    shared: Mapping[str, Domain] = field(default_factory=dict)
+    only: Mapping[str, Mapping[str, Domain]] = field(default_factory=dict)
+    size: str = "full"
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """Paired seeds of the test runs and the disjoint seeds of the tuning runs."""
+
+    test: tuple[int, ...] = tuple(range(8))
+    tune: tuple[int, ...] = (100, 101)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "test", tuple(self.test))
+        object.__setattr__(self, "tune", tuple(self.tune))
+        both = sorted(set(self.test) & set(self.tune))
+        if both:
+            raise ValueError(f"tuning seeds and test seeds must be disjoint, got {both} in both. Change Seeds.tune.")
+
+
+# --- figures -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PairedSeeds:
+    """Every seed of every arm as a point, the same seed joined by a line across arms."""
+
+    metric: str | None = None  # None: the primary metric
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class Curves:
+    """A logged value against the step, faint per seed and bold in the mean, one colour per arm."""
+
+    y: str
+    x: str = "step"
+    arms: tuple[str, ...] = ()  # empty: all arms
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure of the study's own: ``draw(result)`` gets the `TrialResult` and returns a matplotlib figure."""
+
+    name: str
+    draw: Callable[[Any], Any]
+    caption: str = ""
+
+
+Figure: TypeAlias = PairedSeeds | Curves | Drawing
+
+
+# --- the declaration -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """A paired comparison, declared before it runs.
+
+    Args:
+        title: one line that says what is compared.
+        run: one training run (see `Run`).
+        arms: the arms and their roles.
+        primary: the metric on which the verdict rests.
+        name: short identifier, used in file names and on the command line.
+        sizes: the configuration that ``run`` gets as ``cfg``, by size; ``smoke`` gives no verdict.
+        hp: default hyperparameters by arm; the key ``"*"`` holds for all arms.
+        tune: how the arms are tuned, or None.
+        seeds: test and tuning seeds.
+        claim: the claim; None means that the method is better than the baseline.
+        also: secondary claims, each with its own verdict.
+        timeout: seconds after which one run is stopped and counted as failed.
+        figures: figures of the page, in order.
+    """
+
+    title: str
+    run: Run
+    arms: Arms
+    primary: Metric
+    name: str = "main"
+    sizes: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({"full": None}))
+    hp: Mapping[str, Hyperparameters] = field(default_factory=dict)
+    tune: Tune | None = None
+    seeds: Seeds = field(default_factory=Seeds)
+    claim: Claim | None = None
+    also: tuple[Claim, ...] = ()
+    timeout: float = 600.0
+    figures: Sequence[Figure] = (PairedSeeds(),)
+
+    def main_claim(self) -> Claim:
+        """The declared claim, or the default one: the method is better than the baseline."""
+        return self.claim or Greater(self.arms.method, than=self.arms.baseline)
+
+    def hyperparameters(self, arm: str) -> dict[str, Scalar]:
+        """Default hyperparameters of ``arm``."""
+        return {**self.hp.get("*", {}), **self.hp.get(arm, {})}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study(Trial):
+    """A trial that ships with a room and carries a paper's claim.
+
+    Args:
+        room: the room's folder name.
+        paper: the paper's own result.
+        refuted_if: in words, what outcome would refute the claim.
+        cannot_test: in words, what of the paper this study cannot reach.
+        deviations: what differs from the paper's experiment, in words.
+    """
+
+    room: str
+    paper: PaperResult
+    refuted_if: str
+    cannot_test: str = ""
+    deviations: str = ""
