@@ -1,0 +1,27 @@
+"""What all tests share: hypothesis profiles, examples in Markdown as tests, shape and type checks on demand."""
+
+from __future__ import annotations
+
+import os
+
+from hypothesis import settings
+from sybil import Sybil
+from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
+
+settings.register_profile("dev", max_examples=20, deadline=None)
+settings.register_profile("ci", max_examples=100, deadline=None, derandomize=True)
+settings.register_profile("nightly", max_examples=2000, deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
+
+if os.environ.get("PULLBACK_TYPECHECK") == "1":
+    # Checks every annotated shape, dtype and type of the package at run time. It is no part of the ordinary run because
+    # it would answer a wrong argument before our own message does.
+    from jaxtyping import install_import_hook
+
+    install_import_hook("pullback", "beartype.beartype")
+
+# ```python blocks are run from top to bottom of a page; `<!--- skip: next -->` shows one without running it.
+pytest_collect_file = Sybil(
+    parsers=[PythonCodeBlockParser(), SkipParser()],
+    patterns=["README.md", "docs/*.md", "src/pullback/methods/*/README.md"],
+).pytest()
