@@ -1,4 +1,4 @@
-"""What all tests share: hypothesis profiles, examples in Markdown as tests, shape and type checks on demand."""
+"""What all tests share: hypothesis profiles, examples in Markdown as tests, shape checks on demand."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ settings.register_profile("nightly", max_examples=2000, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
 if os.environ.get("PULLBACK_TYPECHECK") == "1":
-    # Checks every annotated shape, dtype and type of the package at run time. It is no part of the ordinary run because
+    # Checks every annotated shape, dtype and type of the package. It is no part of the ordinary run because
     # it would answer a wrong argument before our own message does.
     from jaxtyping import install_import_hook
 

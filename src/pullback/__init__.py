@@ -1,8 +1,8 @@
-"""pullback: published methods on the learning signal of neural networks, and trials that prove whether they helped.
+"""pullback: published methods on the learning signal of neural networks, and trials that prove their worth.
 
-Every name below is loaded when it is first used, so that ``import pullback`` costs next to nothing: the verbs of the
-core, and the main names of every room as its ``method.toml`` lists them. `__init__.pyi` tells editors the same names;
-``python -m pullback.lab.rooms stub`` writes it.
+Every name below is loaded when it is first used, so that ``import pullback`` costs next to nothing: the verbs
+of the core, and the main names of every room as its ``method.toml`` lists them. `__init__.pyi` tells editors
+the same names; ``python -m pullback.lab.rooms stub`` writes it.
 """
 
 from __future__ import annotations
