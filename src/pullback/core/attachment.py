@@ -8,11 +8,10 @@ test for NaN and Inf, transforms before the step, the optimizer, transforms afte
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -23,6 +22,7 @@ from pullback.core.finite import admit
 from pullback.core.kinds.transform import StepBatch, Transform
 from pullback.core.parameters import ParameterSource, named_parameters, optimizer_rows
 from pullback.core.state import check_state
+from pullback.core.stepping import SetAside, check_optimizer, overflowed, steps_on_stack, unscale
 
 FORMAT_VERSION = 1
 
@@ -64,21 +64,25 @@ class Attachment:
     def _register(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = weakref.ref(optimizer)
         self._batch: StepBatch | None = None
-        self._aside: _SetAside | None = None
+        self._aside: SetAside | None = None
         self._inside = False
         self._nested = 0
         for transform in self.transforms:
             transform._owner = weakref.ref(self)
+        disable = (
+            torch.compiler.disable
+        )  # a compiled step breaks its graph here: the test for NaN reads the host
+        self._edit_eagerly = disable(self._edit)
         self._handles = (
-            optimizer.register_step_pre_hook(self._before),
-            optimizer.register_step_post_hook(self._after),
+            optimizer.register_step_pre_hook(disable(self._before)),
+            optimizer.register_step_post_hook(disable(self._after)),
         )
 
     def _before(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Edit the gradients now, or after the closure that will make them."""
-        if self._inside and _steps_on_stack(optimizer) > 1:
+        if self._inside and steps_on_stack(optimizer) > 1:
             self._nested += 1  # a subclass called super().step(): one step, two rounds of hooks
             return None
         self._inside, self._nested = True, 0
@@ -87,8 +91,7 @@ class Attachment:
             return (args[0], self._wrapped(optimizer, args[1]), *args[2:]), kwargs
         if callable(kwargs.get("closure")):
             return args, {**kwargs, "closure": self._wrapped(optimizer, kwargs["closure"])}
-        with torch.no_grad():
-            self._edit(optimizer)
+        self._edit(optimizer)
         return None
 
     def _wrapped(self, optimizer: torch.optim.Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
@@ -105,8 +108,7 @@ class Attachment:
                 )
             evaluated = True
             loss = closure()
-            with torch.no_grad():
-                self._edit(optimizer)
+            self._edit_eagerly(optimizer)
             return loss
 
         return edited
@@ -131,15 +133,16 @@ class Attachment:
             transform.steps += 1
         self.steps += 1
 
+    @torch.no_grad()
     def _edit(self, optimizer: torch.optim.Optimizer) -> None:
         batch = self._collect(optimizer)
-        if not batch.params or _overflowed(optimizer):
+        if not batch.params or overflowed(optimizer):
             return  # nothing to do, or GradScaler's kernel leaves this step out
-        _unscale(optimizer, batch.grads)
+        unscale(optimizer, batch.grads)
         owner = f"attachment to {type(optimizer).__name__}"
         if not admit(batch.grads, batch.names, policy=self.nonfinite, owner=owner, step=self.steps):
             self.skipped += 1
-            self._aside = _SetAside(optimizer, batch.params)
+            self._aside = SetAside(optimizer, batch.params)
             return
         for transform in self.transforms:
             if transform.when != "post":
@@ -212,7 +215,7 @@ class Attachment:
             TypeError: if it is no optimizer that transforms can attach to.
             ValueError: if it has fewer parameters than the old one, or a transform was attached elsewhere.
         """
-        _check_optimizer(optimizer)
+        check_optimizer(optimizer)
         count = sum(len(group["params"]) for group in optimizer.param_groups)
         if count < len(self._names):
             raise ValueError(
@@ -338,7 +341,7 @@ def attach(
         >>> handle.steps
         0
     """
-    _check_optimizer(optimizer)
+    check_optimizer(optimizer)
     choice("nonfinite", nonfinite, NON_FINITE_POLICIES)
     for transform in transforms:
         if not isinstance(transform, Transform):
@@ -357,36 +360,6 @@ def attach(
     return Attachment(optimizer, transforms, nonfinite, given)
 
 
-# --- details ------------------------------------------------------------------------------------------------
-
-
-class _SetAside:
-    """Gradients hidden from the optimizer for one step, so that its step does nothing.
-
-    torch's optimizers leave a parameter without gradient alone: no update, no weight decay, no moment, no
-    count. Settings in the groups (some optimizers count there) are put back as well.
-    """
-
-    def __init__(self, optimizer: torch.optim.Optimizer, params: list[Tensor]) -> None:
-        self._grads = [(param, param.grad) for param in params]
-        self._settings = [
-            (group, key, value, value.clone() if isinstance(value, Tensor) else None)
-            for group in optimizer.param_groups
-            for key, value in group.items()
-            if key != "params"
-        ]
-        for param in params:
-            param.grad = None
-
-    def restore(self) -> None:
-        """Give the parameters their gradients back, and the groups their settings."""
-        for param, grad in self._grads:
-            param.grad = grad
-        with torch.no_grad():
-            for group, key, value, copy in self._settings:
-                group[key] = value if copy is None else value.copy_(copy)
-
-
 def _at(batch: StepBatch, step: int) -> StepBatch:
     """The batch as a transform with its own count of steps sees it."""
     return batch if batch.step == step else replace(batch, step=step)
@@ -394,55 +367,6 @@ def _at(batch: StepBatch, step: int) -> StepBatch:
 
 def _gone() -> None:
     """Stand in for the reference to an optimizer that a copy did not carry along."""
-
-
-def _overflowed(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether ``GradScaler`` found an overflow and a fused kernel is about to leave this step out."""
-    found = getattr(optimizer, "found_inf", None)
-    return found is not None and bool(found)
-
-
-def _unscale(optimizer: torch.optim.Optimizer, grads: list[Tensor]) -> None:
-    """Take over the unscaling that ``GradScaler`` left to a fused kernel."""
-    scale = getattr(optimizer, "grad_scale", None)
-    if scale is None:
-        return
-    inverse = scale.double().reciprocal().float()  # as GradScaler.unscale_ does
-    for grad in grads:
-        grad.mul_(inverse.to(grad.device))
-    vars(optimizer)["grad_scale"] = None  # to GradScaler and the kernel: unscaled already
-
-
-def _steps_on_stack(optimizer: torch.optim.Optimizer) -> int:
-    """How many calls of this optimizer's step are under way: 2 inside a subclass's ``super().step()``."""
-    count = 0
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_qualname.startswith("Optimizer.profile_hook_step."):
-            count += frame.f_locals.get("self") is optimizer
-        frame = frame.f_back
-    return count
-
-
-def _check_optimizer(optimizer: object) -> None:
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(
-            f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}. "
-            "Pass the torch optimizer that the wrapper holds."
-        )
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise TypeError(
-            "optimizer must evaluate its closure once per step, got LBFGS, whose line search compares "
-            "gradients of "
-            "several evaluations. Call transform.update_(params) inside the closure, or use another "
-            "optimizer."
-        )
-    if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
-        raise TypeError(
-            f"optimizer must have torch's step hooks, got the wrapper {type(optimizer).__name__} without "
-            "them. "
-            "Pass the torch optimizer that it holds."
-        )
 
 
 def _check_free(transforms: tuple[Transform, ...], attachment: Attachment | None) -> None:
