@@ -10,6 +10,7 @@ from pathlib import Path
 import pullback
 from pullback.core.facts import FactsError, rooms
 from pullback.lab.rooms.generate import new_room
+from pullback.lab.rooms.problem import Problem
 from pullback.lab.rooms.rules import check_room
 from pullback.lab.rooms.stub import stub_text
 from pullback.lab.rooms.table import MarkersError, methods_table_text, with_table
@@ -37,8 +38,9 @@ def check(options: argparse.Namespace) -> int:
     problems = [p for name in names for p in check_room(methods / name, options.evidence, load=own)]
     try:
         rooms()
-    except FactsError as error:
-        problems += [] if any(str(error) in p.text for p in problems) or not own else [str(error)]
+    except FactsError as error:  # for example a name that two rooms export
+        if own and not any(str(error) in problem.text for problem in problems):
+            problems.append(Problem("methods", 0, str(error)))
     for problem in problems:
         print(problem, file=sys.stderr)
     print(f"{len(names)} rooms, {len(problems)} problems")

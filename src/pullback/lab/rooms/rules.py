@@ -16,7 +16,7 @@ from pullback.lab.declare import Study
 from pullback.lab.rooms.problem import Problem
 from pullback.lab.rooms.source import check_source, check_text
 
-NAME = re.compile(r"[a-z][a-z0-9_]{1,39}")
+NAME = re.compile(r"[a-z][a-z0-9_]{1,23}")
 NEEDED = ("method.toml", "__init__.py", "study.py", "tuned.toml", "README.md", "tests")
 NEEDED_TESTS = ("__init__.py", "reference.py", "cases.py")
 MOST_MODULES = 3
@@ -40,7 +40,7 @@ def check_room(folder: Path, evidence: Path, *, load: bool = True) -> list[Probl
     if not NAME.fullmatch(room):
         return [
             Problem(
-                ascii(room)[:80], 0, "a room's name is 2 to 40 lower-case letters, digits and '_'. Rename it."
+                ascii(room)[:80], 0, "a room's name is 2 to 24 lower-case letters, digits and '_'. Rename it."
             )
         ]
     if not folder.is_dir():

@@ -15,14 +15,17 @@ UNFINISHED = re.compile(r"\b(?:TO" + r"DO|FIX" + r"ME|XX" + r"X|HA" + r"CK|NotIm
 HOME_PATH = re.compile(r"(?<![\w.:/])/(?:home|root|Users|work|mnt)/\w+")
 
 
-def check_source(file: str, text: str, *, study: bool = False, test: bool = False) -> list[Problem]:
+def check_source(
+    file: str, text: str, *, room: bool = True, study: bool = False, test: bool = False
+) -> list[Problem]:
     """Hold one Python file to the rules.
 
     Args:
         file: path for the messages.
         text: the source.
+        room: whether the file belongs to a room, which may not import the lab or the contracts.
         study: whether this is a room's ``study.py``, the one place that may import the lab.
-        test: whether this is a test, which may import the lab and may show what is refused.
+        test: whether this is a test, which may import anything and may show what is refused.
 
     Returns:
         Every problem, in the order of the lines.
@@ -33,7 +36,7 @@ def check_source(file: str, text: str, *, study: bool = False, test: bool = Fals
         return [Problem(file, error.lineno or 0, f"is not Python: {error.msg}.")]
     found = [
         *_ceilings(file, text, tree),
-        *_imports(file, tree, study=study, test=test),
+        *_imports(file, tree, room=room, study=study, test=test),
         *check_text(file, text),
     ]
     if not test:
@@ -78,29 +81,30 @@ def _length(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     return total
 
 
-def _imports(file: str, tree: ast.Module, *, study: bool, test: bool) -> Iterator[Problem]:
+def _imports(file: str, tree: ast.Module, *, room: bool, study: bool, test: bool) -> Iterator[Problem]:
+    for line, name in _imported(tree):
+        if name.startswith("."):
+            yield Problem(file, line, "relative import. Write the whole name of the module.")
+        if test:
+            continue
+        if name.split(".")[0] in UNSAFE_MODULES:
+            yield Problem(file, line, f"imports {name}, which can run code on loading. Use pullback.core.")
+        if room and not study and _below(name, "pullback.lab"):
+            yield Problem(file, line, f"imports {name}. Only a room's study.py may import the lab.")
+        if room and _below(name, "pullback.testing"):
+            yield Problem(file, line, f"imports {name}. Only a room's tests may import the contracts.")
+
+
+def _imported(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Line and full name of everything that is imported; relative names begin with a dot."""
     for node in ast.walk(tree):
-        names: list[str] = []
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            if node.level:
-                yield Problem(file, node.lineno, "relative import. Write the whole name of the module.")
-            module = node.module or ""
-            names = [module, *(f"{module}.{alias.name}" for alias in node.names)] if module else []
-        for name in names:
-            if name.split(".")[0] in UNSAFE_MODULES and not test:
-                yield Problem(
-                    file, node.lineno, f"imports {name}, which can run code on loading. Use pullback.core."
-                )
-            if _below(name, "pullback.lab") and "/lab/" not in file and not (study or test):
-                yield Problem(
-                    file, node.lineno, f"imports {name}. Only a room's study.py may import the lab."
-                )
-            if _below(name, "pullback.testing") and file.count("/") == 1 and not test:
-                yield Problem(
-                    file, node.lineno, f"imports {name}. Only a room's tests may import the contracts."
-                )
+            module = "." * node.level + (node.module or "")
+            yield node.lineno, module
+            if module == "pullback":
+                yield from ((node.lineno, f"{module}.{alias.name}") for alias in node.names)
 
 
 def _below(name: str, package: str) -> bool:

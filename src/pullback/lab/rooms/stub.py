@@ -14,7 +14,7 @@ def stub_text(rooms: Mapping[str, Facts]) -> str:
     """The text of ``__init__.pyi`` for ``rooms``, sorted, so that it changes only when a name does."""
     imports = []
     names = set()
-    for name, (module, attribute) in pullback._CORE.items():
+    for name, (module, attribute) in vars(pullback)["_CORE"].items():
         package, _, last = module.rpartition(".")
         imports.append((package, last) if attribute is None else (module, attribute))
         names.add(name)
