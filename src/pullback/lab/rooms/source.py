@@ -11,7 +11,9 @@ from pullback.lab.rooms.problem import Problem
 LONGEST_FILE = 400
 LONGEST_FUNCTION = 60
 UNSAFE_MODULES = frozenset({"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"})
-UNFINISHED = re.compile(r"\b(?:TO" + r"DO|FIX" + r"ME|XX" + r"X|HA" + r"CK|NotImpl" + r"ementedError)\b")
+UNFINISHED = re.compile(
+    r"\b(?:TO" + r"DO|FIX" + r"ME|XX" + r"X|HA" + r"CK|raise NotImpl" + r"ementedError)\b"
+)
 HOME_PATH = re.compile(r"(?<![\w.:/])/(?:home|root|Users|work|mnt)/\w+")
 
 
