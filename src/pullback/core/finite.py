@@ -20,14 +20,17 @@ def _values(tensor: Tensor) -> Tensor:
 def all_finite(tensors: Sequence[Tensor]) -> bool:
     """Whether no tensor holds NaN or Inf: one norm over all of them and one read by the host.
 
-    The largest absolute value is NaN or Inf exactly when an entry is, and it cannot overflow.
+    A finite Euclidean norm means that every entry is finite, and it is the fastest to compute. It may overflow for
+    finite entries; only then the largest absolute value, which cannot, has the last word.
     """
     dense = [values for values in map(_values, tensors) if values.numel()]
-    if not dense:
-        return True
-    largest = torch.nn.utils.get_total_norm(dense, norm_type=math.inf)
-    gather = getattr(largest, "full_tensor", None)  # sharded gradients: every rank reads the same number
-    return math.isfinite((largest if gather is None else gather()).item())
+    return not dense or _norm_is_finite(dense, 2.0) or _norm_is_finite(dense, math.inf)
+
+
+def _norm_is_finite(tensors: Sequence[Tensor], order: float) -> bool:
+    total = torch.nn.utils.get_total_norm(tensors, norm_type=order)
+    gather = getattr(total, "full_tensor", None)  # sharded gradients: every rank reads the same number
+    return math.isfinite((total if gather is None else gather()).item())
 
 
 def _describe(grads: Sequence[Tensor], names: Sequence[str]) -> str:
