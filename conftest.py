@@ -8,17 +8,19 @@ from hypothesis import settings
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 
+collect_ignore = ["docs/conf.py"]  # importing it would write pages
+
 settings.register_profile("dev", max_examples=20, deadline=None)
 settings.register_profile("ci", max_examples=100, deadline=None, derandomize=True)
 settings.register_profile("nightly", max_examples=2000, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
 if os.environ.get("PULLBACK_TYPECHECK") == "1":
-    # Checks every annotated shape, dtype and type of the package. It is no part of the ordinary run because
+    # Checks every annotated shape, dtype and type of the methods. It is no part of the ordinary run because
     # it would answer a wrong argument before our own message does.
     from jaxtyping import install_import_hook
 
-    install_import_hook("pullback", "beartype.beartype")
+    install_import_hook("pullback.methods", "beartype.beartype")
 
 # ```python blocks are run from top to bottom of a page; `<!--- skip: next -->` shows one without running it.
 pytest_collect_file = Sybil(

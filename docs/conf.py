@@ -56,7 +56,7 @@ def room_page(facts: Facts) -> str:
     body = re.sub(r"\]\((?!https?:|#)[^)]*/([\w.-]+\.md)\)", r"](\1)", rest)
     names = "\n".join(
         f"```{{eval-rst}}\n.. autoobject:: {facts.module}.{name}\n```\n".replace(
-            "autoobject", directive(facts, name)
+            "autoobject", directive(name)
         )
         for name in facts.exports
     )

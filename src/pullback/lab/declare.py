@@ -185,7 +185,9 @@ class Seeds:
         object.__setattr__(self, "tune", tuple(self.tune))
         both = sorted(set(self.test) & set(self.tune))
         if both:
-            raise ValueError(f"tuning seeds and test seeds must be disjoint, got {both} in both. Change Seeds.tune.")
+            raise ValueError(
+                f"tuning seeds and test seeds must be disjoint, got {both} in both. Change Seeds.tune."
+            )
 
 
 # --- figures -------------------------------------------------------------------------------------------------------

@@ -85,7 +85,8 @@ class TrialResult:
     size: str
     claim_hash: str
     code_hash: str
-    declaration: Mapping[str, Any]  # primary metric, claim, paper, refuted_if, cannot_test, deviations, seeds, tuning
+    # primary metric, claim, paper, refuted_if, cannot_test, deviations, seeds, tuning
+    declaration: Mapping[str, Any]
     arms: list[ArmResult]
     cells: list[CellResult]
     comparisons: list[Comparison]
@@ -98,7 +99,9 @@ class TrialResult:
         wanted = metric or primary["name"]
         worst = float(self.declaration["metrics"][wanted]["worst"])
         return {
-            c.seed: float(c.metrics[wanted]) if c.status == "done" else worst for c in self.cells if c.arm == arm
+            c.seed: float(c.metrics[wanted]) if c.status == "done" else worst
+            for c in self.cells
+            if c.arm == arm
         }
 
     def curve(self, arm: str, name: str) -> dict[int, tuple[list[int], list[float]]]:
