@@ -1,0 +1,210 @@
+"""What runs inside a worker process: prepare it once, then execute one cell at a time.
+
+Only torch and the trial's own modules are imported here, so that a worker starts fast.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import threading
+import time
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from numbers import Real
+from typing import Any
+
+import numpy as np
+
+from pullback.lab.declare import Trial
+from pullback.lab.engine.cells import Cell
+from pullback.lab.engine.errors import TrialError
+from pullback.lab.result import Status
+
+MAX_ARRAY_BYTES = 1_000_000
+EXIT_IN_CELL = 70  # any non-zero code: the pool takes a worker that ends with 0 for one that was told to
+POSITIVE_ZERO = 0.0  # added to every value: SQLite has no -0.0, and a value must read back as it was hashed
+
+_executed = 0  # cells that this process has run
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one execution of a cell gave; ``contract`` marks a fault in what ``run`` returned."""
+
+    status: Status
+    metrics: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    error: str = ""
+    traceback_text: str = ""
+    contract: bool = False
+    curves: dict[str, tuple[list[int], list[float]]] = field(default_factory=dict)
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+class CellLog:
+    """The `pullback.lab.declare.Log` of one run, kept in memory until the run ends."""
+
+    def __init__(self) -> None:
+        self.curves: dict[str, tuple[list[int], list[float]]] = {}
+        self.arrays: dict[str, np.ndarray] = {}
+
+    def value(self, name: str, value: float, step: int) -> None:
+        """Keep one point of the curve ``name``."""
+        steps, values = self.curves.setdefault(str(name), ([], []))
+        steps.append(int(step))
+        values.append(float(value) + POSITIVE_ZERO)
+
+    def array(self, name: str, array: np.ndarray) -> None:
+        """Keep a small array; the last one of a name wins.
+
+        Raises:
+            ValueError: if it holds objects or is larger than 1 MB.
+        """
+        kept = np.array(array)
+        if kept.dtype.kind not in "biufc":
+            raise ValueError(f"log.array({name!r}) needs numbers, got dtype {kept.dtype}. Convert it first.")
+        if kept.nbytes > MAX_ARRAY_BYTES:
+            raise ValueError(
+                f"log.array({name!r}) takes at most 1 MB, got {kept.nbytes} bytes. Thin it or use uint8."
+            )
+        self.arrays[str(name)] = kept
+
+
+# --- the process ---------------------------------------------------------------------------------------------------
+
+
+def prepare(parent: int) -> None:
+    """Make this process reproducible and tie its life to the driver's.
+
+    Args:
+        parent: process id of the driver.
+    """
+    import torch
+
+    torch.set_num_threads(1)
+    torch.set_num_interop_threads(1)
+    torch.set_flush_denormal(True)
+    torch.use_deterministic_algorithms(True)
+    threading.Thread(target=_die_with, args=(parent,), daemon=True, name="pullback-orphan-guard").start()
+    _report_every_exit()
+
+
+def _die_with(parent: int) -> None:
+    """End at once when the driver is gone: a killed driver must leave no process that works for nobody."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(EXIT_IN_CELL)
+
+
+def _report_every_exit() -> None:
+    """Turn ``os._exit(0)`` inside a run into a failure: the pool would wait for that run until its time limit."""
+    owner, leave = os.getpid(), os._exit
+
+    def exit_with_failure(status: int) -> None:
+        leave(status or EXIT_IN_CELL if os.getpid() == owner else status)
+
+    os._exit = exit_with_failure  # ty: ignore[invalid-assignment]
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the global generators: a safety net for runs that draw from them, not a substitute for own streams."""
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    torch.manual_seed(seed)
+
+
+# --- one cell ------------------------------------------------------------------------------------------------------
+
+
+def execute(cell: Cell, *, used: bool = False) -> Outcome:
+    """Run one cell and describe how it ended; nothing that the run raises escapes.
+
+    Args:
+        cell: what to run.
+        used: the process must have run a cell before; a fresh one runs the cell twice and returns the second outcome.
+    """
+    global _executed
+    if used and _executed == 0:
+        execute(cell)
+    _executed += 1
+    start = time.perf_counter()
+    log = CellLog()
+    try:
+        trial = cell.ref.resolve()
+        seed_everything(cell.seed)
+        returned = trial.run(trial.sizes[cell.size], cell.arm, dict(cell.hp), cell.seed, log)
+        outcome = _judge(cell, trial, returned)
+    except TrialError as error:
+        outcome = Outcome("failed", error=str(error), traceback_text=error.traceback_text, contract=True)
+    except (
+        Exception,
+        SystemExit,
+        KeyboardInterrupt,
+    ) as error:  # a run may raise anything; its cell keeps what it was
+        outcome = _raised(cell, error)
+    seconds = time.perf_counter() - start
+    return replace(outcome, seconds=seconds, curves=log.curves, arrays=log.arrays)
+
+
+def where(cell: Cell) -> str:
+    """``file: arm 'a', seed 0`` for messages."""
+    return f"{cell.ref.source}: arm {cell.arm!r}, seed {cell.seed}"
+
+
+def _raised(cell: Cell, error: BaseException) -> Outcome:
+    text = "".join(traceback.format_exception(error))
+    diverged = isinstance(error, FloatingPointError) or type(error).__name__ == "NonFiniteError"
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" (line {frames[-1].lineno} of {os.path.basename(frames[-1].filename)})" if frames else ""
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:2000]
+    message = f"{where(cell)}: run raised {reason}{place}. Correct it, or see the traceback with --debug."
+    return Outcome("diverged" if diverged else "failed", error=message, traceback_text=text)
+
+
+def _judge(cell: Cell, trial: Trial, returned: object) -> Outcome:
+    """Check what ``run`` returned against the declaration."""
+    primary = trial.primary.name
+    if not isinstance(returned, Mapping):
+        fix = f"Return a mapping such as {{{primary!r}: value}}."
+        return _broken(cell, f"run must return a mapping of metrics, got {type(returned).__name__}. {fix}")
+    metrics: dict[str, float] = {}
+    for name, value in returned.items():
+        number = _number(value)
+        if number is None:
+            shown = " ".join(repr(value).split())[:80]
+            return _broken(cell, f"metric {name!r} must be a number, got {shown}. Return float(value).")
+        metrics[str(name)] = number + POSITIVE_ZERO
+    for name in cell.needs or (primary,):
+        if name not in metrics:
+            got = ", ".join(map(repr, metrics)) or "none"
+            return _broken(
+                cell, f"run returned no metric {name!r}, got {got}. Add it to the mapping that run returns."
+            )
+    bad = [name for name in (cell.needs or (primary,)) if not math.isfinite(metrics[name])]
+    if bad:
+        message = (
+            f"{where(cell)}: metric {bad[0]!r} is {metrics[bad[0]]}. The run counts with the worst score."
+        )
+        return Outcome("diverged", metrics=metrics, error=message)
+    return Outcome("done", metrics=metrics)
+
+
+def _broken(cell: Cell, message: str) -> Outcome:
+    return Outcome("failed", error=f"{where(cell)}: {message}", contract=True)
+
+
+def _number(value: Any) -> float | None:
+    """A real number from python, numpy or a tensor of one element; None for anything else."""
+    if isinstance(value, bool | np.bool_ | str | bytes):
+        return None
+    if isinstance(value, Real):
+        return float(value)
+    if getattr(value, "numel", lambda: 0)() == 1 or getattr(value, "size", 0) == 1:
+        item = value.item()
+        return None if isinstance(item, bool) or not isinstance(item, Real) else float(item)
+    return None
