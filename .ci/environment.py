@@ -4,11 +4,9 @@ Needs nothing but Python (venv and pip). An environment that is already what `py
 for is left alone; one whose installation was interrupted, or whose Python is gone, is built again from nothing.
 """
 
-from __future__ import print_function  # an old Python must get as far as the message below
-
 import sys
 
-OLDEST = (3, 11)
+OLDEST = (3, 11)  # nothing above the check below may need a newer Python than it tells about
 if sys.version_info < OLDEST:
     found = ".".join(str(part) for part in sys.version_info[:3])
     sys.exit(
