@@ -309,6 +309,13 @@ class Store:
         with self._transaction() as db:
             db.execute("INSERT OR REPLACE INTO results VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
 
+    def result(self, like: TrialResult) -> TrialResult | None:
+        """The kept outcome of the same trial and size, if there is one."""
+        source = like.room or str(like.declaration.get("file", ""))
+        query = "SELECT name, head, keys, digest FROM results WHERE source = ? AND name = ? AND size = ?"
+        row = self._db.execute(query, (source, like.name, like.size)).fetchone()
+        return None if row is None else self._result(*row)
+
     def results(self, room: str | None = None) -> list[TrialResult]:
         """The latest outcome of every trial and size, of all sources or of one room, oldest first.
 

@@ -207,6 +207,9 @@ def write_tuned(path: Path, study: str, hp: Mapping[str, Mapping[str, Scalar]], 
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        reason = error.strerror or error
+        raise TrialError(f"{path} cannot be written: {reason}. Check free space and permissions.") from error
     finally:
         temporary.unlink(missing_ok=True)
 

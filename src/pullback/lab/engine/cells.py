@@ -29,6 +29,7 @@ class Cell:
         seed: the seed that ``run`` gets.
         key: hash of everything that decides the outcome (see `cell_key`).
         timeout: seconds after which the run is stopped.
+        code: hash of the code that the run must execute.
         needs: metrics that must be present and finite.
     """
 
@@ -39,6 +40,7 @@ class Cell:
     seed: int
     key: str
     timeout: float
+    code: str
     needs: tuple[str, ...] = field(default=())
 
 
@@ -200,4 +202,4 @@ def make_cell(
 ) -> Cell:
     """The cell of one arm and seed, with its key."""
     key = cell_key(claim=claim, code=code, size=size, config=trial.sizes[size], arm=arm, hp=hp, seed=seed)
-    return Cell(ref, size, arm, dict(hp), seed, key, trial.timeout)
+    return Cell(ref, size, arm, dict(hp), seed, key, trial.timeout, code)

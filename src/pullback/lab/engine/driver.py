@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Sequence
@@ -77,8 +78,8 @@ class Drive:
         self.store.acquire()
         try:
             self._recall()
-            with polite_stop() as stop:
-                for task, outcome in self.executor.run(self._next, stop):
+            with polite_stop() as stop, contextlib.closing(self.executor.run(self._next, stop)) as outcomes:
+                for task, outcome in outcomes:
                     self._take(task, outcome, stop)
             if stop.signum is not None and (self.pending or self.missing()):
                 raise Interrupted(stop.signum, self._kept())
@@ -151,6 +152,8 @@ class Drive:
         return sum(known) / len(known) if known else 0.0
 
     def _take(self, task: Task, outcome: Outcome, stop: Stop) -> None:
+        if outcome.stale:
+            raise TrialError(outcome.error)
         if task.used:
             self._judge_leak(task.cell, outcome)
             return

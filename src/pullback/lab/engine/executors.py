@@ -5,7 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from types import TracebackType
@@ -35,7 +35,7 @@ class Executor(Protocol):
 
     def run(
         self, source: Callable[[], Task | None], stop: Callable[[], bool]
-    ) -> Iterator[tuple[Task, Outcome]]:
+    ) -> Generator[tuple[Task, Outcome]]:
         """Yield each task with its outcome, in the order in which they finish.
 
         Args:
@@ -84,7 +84,7 @@ class LocalExecutor:
 
     def run(
         self, source: Callable[[], Task | None], stop: Callable[[], bool]
-    ) -> Iterator[tuple[Task, Outcome]]:
+    ) -> Generator[tuple[Task, Outcome]]:
         """Yield each task with its outcome (see `Executor.run`); a lost worker costs one failed cell."""
         flying: dict[Future[Outcome], Task] = {}
         again: list[Task] = []
@@ -174,7 +174,7 @@ def _outcome(future: Future[Outcome], may_retry: bool) -> Outcome | None:
 
 def _name(cell: Cell, outcome: Outcome) -> Outcome:
     """Say which cell an outcome belongs to when it was made outside the worker."""
-    if not outcome.error or outcome.contract or outcome.error.startswith(where(cell)):
+    if outcome.stale or not outcome.error or outcome.contract or outcome.error.startswith(where(cell)):
         return outcome
     seconds = cell.timeout if outcome.status == "timeout" else outcome.seconds
     return Outcome(outcome.status, error=f"{where(cell)}: {outcome.error}", seconds=seconds)

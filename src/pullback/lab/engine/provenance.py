@@ -15,7 +15,7 @@ from typing import Any
 _PACKAGES = ("pullback", "torch", "numpy", "scipy", "statsmodels", "scikit-learn", "scikit-image", "torchjd")
 
 
-def provenance(*, workers: int, seconds: float, ran: int) -> dict[str, Any]:
+def provenance(workers: int, seconds: float, ran: int) -> dict[str, Any]:
     """Describe the environment of a run.
 
     Args:

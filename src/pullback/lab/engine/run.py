@@ -83,7 +83,7 @@ def run_trial(
     cells = [results[cell.key] for group in groups for cell in group]
     result = _result(trial, ref, size, claim, code, settings, cells, store)
     result = dataclasses.replace(
-        result, provenance=provenance(workers=executor.workers, seconds=seconds, ran=ran)
+        result, provenance=_kept_provenance(result, store, ran) or provenance(executor.workers, seconds, ran)
     )
     store.save_result(result)
     return result
@@ -141,6 +141,13 @@ def tune_trial(
     plan = Plan(ref.label, trial.title, "tune", tune.size, groups, tune.select, None, retry_failed)
     results, _, _ = Drive(plan, store, executor, on_event or _ignore).run()
     return _tuned(trial, ref, grid, points, results, store, folder)
+
+
+def _kept_provenance(result: TrialResult, store: Store, ran: int) -> Mapping[str, Any] | None:
+    """Where the same cells came from when they were run: looking at a finished trial again changes nothing."""
+    kept = None if ran else store.result(result)
+    same = kept is not None and [c.key for c in kept.cells] == [c.key for c in result.cells]
+    return kept.provenance if kept is not None and same else None
 
 
 # --- pieces --------------------------------------------------------------------------------------------------------

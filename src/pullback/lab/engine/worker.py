@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from numbers import Real
 from typing import Any
 
@@ -20,7 +21,9 @@ import numpy as np
 
 from pullback.lab.declare import Trial
 from pullback.lab.engine.cells import Cell
+from pullback.lab.engine.code import code_hash
 from pullback.lab.engine.errors import TrialError
+from pullback.lab.engine.reference import StudyRef
 from pullback.lab.result import Status
 
 MAX_ARRAY_BYTES = 1_000_000
@@ -32,7 +35,10 @@ _executed = 0  # cells that this process has run
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one execution of a cell gave; ``contract`` marks a fault in what ``run`` returned."""
+    """What one execution of a cell gave.
+
+    ``contract`` marks a fault in what ``run`` returned, ``stale`` a cell that did not run because its code was edited.
+    """
 
     status: Status
     metrics: dict[str, float] = field(default_factory=dict)
@@ -40,6 +46,7 @@ class Outcome:
     error: str = ""
     traceback_text: str = ""
     contract: bool = False
+    stale: bool = False
     curves: dict[str, tuple[list[int], list[float]]] = field(default_factory=dict)
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
 
@@ -135,10 +142,12 @@ def execute(cell: Cell, *, used: bool = False) -> Outcome:
     start = time.perf_counter()
     log = CellLog()
     try:
-        trial = cell.ref.resolve()
+        trial = _trial_of(cell.ref, cell.code)
         seed_everything(cell.seed)
         returned = trial.run(trial.sizes[cell.size], cell.arm, dict(cell.hp), cell.seed, log)
         outcome = _judge(cell, trial, returned)
+    except StaleCodeError as error:
+        return Outcome("failed", error=str(error), stale=True)
     except TrialError as error:
         outcome = Outcome("failed", error=str(error), traceback_text=error.traceback_text, contract=True)
     except (
@@ -149,6 +158,20 @@ def execute(cell: Cell, *, used: bool = False) -> Outcome:
         outcome = _raised(cell, error)
     seconds = time.perf_counter() - start
     return replace(outcome, seconds=seconds, curves=log.curves, arrays=log.arrays)
+
+
+class StaleCodeError(RuntimeError):
+    """The code on disk is no longer the code whose hash names the cell."""
+
+
+@lru_cache(maxsize=64)
+def _trial_of(ref: StudyRef, code: str) -> Trial:
+    """Import a trial once, and make sure that it is the one that the driver hashed."""
+    if code_hash(ref) == code:
+        trial = ref.resolve()
+        if code_hash(ref) == code:
+            return trial
+    raise StaleCodeError(f"{ref.source}: the code was edited after the trial had started. Run it again.")
 
 
 def where(cell: Cell) -> str:
