@@ -90,3 +90,13 @@ def write_rooms() -> None:
 
 
 write_rooms()
+
+
+def skip_generated(app: object, what: str, name: str, value: object, skip: bool, options: object) -> bool:  # noqa: ARG001
+    """Leave out what scikit-learn writes into its estimators; its text links into its own documentation."""
+    return skip or bool(re.fullmatch(r"set_\w+_request", name))
+
+
+def setup(app: object) -> None:
+    """Connect the filter."""
+    app.connect("autodoc-skip-member", skip_generated)
