@@ -32,7 +32,8 @@ def test_mnist_holds_all_digits_shuffled():
 def test_images_keep_their_labels_through_the_shuffle():
     with np.load(resources.files("pullback.lab.data") / "files" / "mnist10k.npz", allow_pickle=False) as raw:
         stored = {
-            hashlib.sha256(i.tobytes()).hexdigest(): int(y) for i, y in zip(raw["images"], raw["labels"])
+            hashlib.sha256(i.tobytes()).hexdigest(): int(y)
+            for i, y in zip(raw["images"], raw["labels"], strict=True)
         }
     digits = mnist()
     for image, label in zip(digits.images[:500].numpy(), digits.labels[:500].tolist(), strict=True):

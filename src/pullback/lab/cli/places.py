@@ -1,0 +1,64 @@
+"""Where results are: the store and report of an output folder, and the committed evidence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pullback
+from pullback.lab.evidence import read_evidence
+from pullback.lab.result import TrialResult
+from pullback.lab.store import Store
+
+Results = dict[str | None, list[TrialResult]]
+
+
+def store_path(out: Path) -> Path:
+    """The store of an output folder."""
+    return out / "store.sqlite"
+
+
+def evidence_folder() -> Path | None:
+    """``evidence/`` of the source checkout, else of the current folder, else None."""
+    root = Path(pullback.__file__).resolve().parents[2]
+    places = [root] if (root / "pyproject.toml").is_file() else []
+    return next((p / "evidence" for p in [*places, Path.cwd()] if (p / "evidence").is_dir()), None)
+
+
+def committed() -> Results:
+    """Evidence that ships with the source, by room."""
+    folder = evidence_folder()
+    return {} if folder is None else dict(read_evidence(folder))
+
+
+def stored(out: Path) -> Results:
+    """What an output folder's store holds, by room; a full run hides a smoke run of the same trial."""
+    path = store_path(out)
+    if not path.is_file():
+        return {}
+    with Store(path, read_only=True) as store:
+        found = store.results()
+    latest: dict[tuple[str | None, str, str], TrialResult] = {}
+    for result in sorted(found, key=lambda r: r.size != "smoke"):
+        latest[result.room, str(result.declaration.get("file")), result.name] = result
+    by_room: Results = {}
+    for result in latest.values():
+        by_room.setdefault(result.room, []).append(result)
+    return {room: declared_order(room, results) for room, results in by_room.items()}
+
+
+def declared_order(room: str | None, results: list[TrialResult]) -> list[TrialResult]:
+    """Results of a room in the order in which its studies are declared, the main one first."""
+    from pullback.lab.engine import studies_of
+
+    if room is None:
+        return results
+    names = [study.name for study in studies_of(room)]
+    return sorted(results, key=lambda r: names.index(r.name) if r.name in names else len(names))
+
+
+def report(out: Path, *, with_evidence: bool) -> Path:
+    """Write the report of an output folder and return its index page."""
+    from pullback.lab.report import write_report
+
+    results = {**(committed() if with_evidence else {}), **stored(out)}
+    return Path(write_report(results, out / "report"))
