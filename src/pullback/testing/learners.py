@@ -1,0 +1,99 @@
+"""Checks of learners: they learn, they predict without labels, they leave no graph."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from pullback.testing.case import Case
+from pullback.testing.check import BrokenContract, NotApplicable, check
+from pullback.testing.exercise import built, toy
+from pullback.testing.tools import expect_same
+
+
+def _trained(case: Case) -> tuple[Any, list[dict[str, float]]]:
+    component, batch = built(case), toy(case)
+    return component, [dict(component.step(batch)) for _ in range(case.steps)]
+
+
+@check("learner", refusable="no")
+def losses_form(case: Case) -> None:
+    """``step`` returns a mapping of names to finite floats."""
+    losses = built(case).step(toy(case))
+    if not isinstance(losses, Mapping) or not losses:
+        raise BrokenContract(f"step returned {type(losses).__name__}.", fix="Return {'loss': float}.")
+    for name, value in losses.items():
+        if not isinstance(value, float) or not math.isfinite(value):
+            raise BrokenContract(f"step returned {name}={value!r}.", fix="Return finite Python floats.")
+
+
+@check("learner", refusable="no")
+def loss_falls(case: Case) -> None:
+    """The first loss falls on a separable toy."""
+    _, losses = _trained(case)
+    name = next(iter(losses[0]))
+    first, last = float(losses[0][name]), float(losses[-1][name])
+    if not last < first:
+        raise BrokenContract(f"{name} went from {first:.4g} to {last:.4g} in {case.steps} steps.")
+
+
+@check("learner")
+def separates(case: Case) -> None:
+    """``predict`` gets the stated share of the toy right after training."""
+    if case.accuracy is None:
+        raise NotApplicable("no classifier")
+    component, _ = _trained(case)
+    x, y = toy(case)
+    answer = torch.as_tensor(component.predict(x))
+    labels = answer.argmax(1) if answer.dim() == 2 and answer.shape[1] > 1 else answer.reshape(-1)
+    share = (labels == torch.as_tensor(y)).double().mean().item()
+    if share < case.accuracy:
+        raise BrokenContract(f"predict gets {share:.2f} right, {case.accuracy:g} is promised.")
+
+
+@check("learner", refusable="no")
+def predict_takes_no_labels(case: Case) -> None:
+    """``predict`` takes inputs alone."""
+    names = set(inspect.signature(built(case).predict).parameters)
+    found = names & {"y", "label", "labels", "target", "targets"}
+    if found:
+        raise BrokenContract(f"predict takes {', '.join(sorted(found))}.")
+
+
+@check("learner", refusable="no")
+def predict_is_pure(case: Case) -> None:
+    """``predict`` changes nothing: not the next prediction, not what is learned afterwards."""
+    component, twin = built(case), built(case)
+    batch = toy(case)
+    component.step(batch)
+    twin.step(batch)
+    first = component.predict(batch[0])
+    expect_same(component.predict(batch[0]), first, "Two predictions in a row differ")
+    for each in (component, twin):
+        each.step(batch)
+    expect_same(component.predict(batch[0]), twin.predict(batch[0]), "A prediction changed what is learned")
+
+
+@check("learner")
+def one_example(case: Case) -> None:
+    """One example is predicted as it is in a batch."""
+    component, _ = _trained(case)
+    x, _ = toy(case)
+    alone, among = torch.as_tensor(component.predict(x[:1])), torch.as_tensor(component.predict(x))[:1]
+    if alone.shape != among.shape or not torch.allclose(alone.double(), among.double(), atol=1e-4):
+        raise BrokenContract("One example alone is predicted differently from the same one in a batch.")
+
+
+@check("learner", refusable="no")
+def predictions_without_graph(case: Case) -> None:
+    """Predictions carry no autograd graph."""
+    component = built(case)
+    x, _ = toy(case)
+    component.step(toy(case))
+    answer = component.predict(x)
+    if isinstance(answer, torch.Tensor) and answer.requires_grad:
+        raise BrokenContract("The prediction requires a gradient.", fix="Predict under torch.no_grad().")

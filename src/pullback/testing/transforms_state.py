@@ -1,0 +1,156 @@
+"""Checks of transforms over time: resume, copies, no growth, equal ranks."""
+
+from __future__ import annotations
+
+import gc
+import io
+import multiprocessing
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, distributed
+
+from pullback.testing.case import Case
+from pullback.testing.check import BrokenContract, NotApplicable, check
+from pullback.testing.exercise import built, case_loss, train
+from pullback.testing.tools import clone, expect_same
+from pullback.testing.transforms import OPTIMIZERS, Loop
+
+_GLOO_SECONDS = 60
+
+
+@check("transform")
+def resumes_midway(case: Case) -> None:
+    """5 steps, a state through a file, 5 more steps: bitwise 10 steps (AdamW)."""
+    whole = Loop(case, OPTIMIZERS["AdamW"]).train(range(10)).values()
+    first = Loop(case, OPTIMIZERS["AdamW"]).train(range(5))
+    file = io.BytesIO()
+    parts = (first.model.state_dict(), first.optimizer.state_dict(), first.attachment.state_dict())
+    torch.save(parts, file)
+    file.seek(0)
+    model, optimizer, attachment = torch.load(file, weights_only=True)
+    second = Loop(case, OPTIMIZERS["AdamW"])
+    second.model.load_state_dict(model)
+    second.optimizer.load_state_dict(optimizer)
+    second.attachment.load_state_dict(attachment)
+    got = second.train(range(5, 10)).values()
+    expect_same(got, whole, "A resumed run differs", fix="Put all that changes into extra_state.")
+
+
+@check("transform")
+def copy_and_reattach(case: Case) -> None:
+    """A deep copy of model, optimizer and attachment goes on as the original would."""
+    loop = Loop(case, OPTIMIZERS["AdamW"]).train(range(3))
+    model, optimizer, attachment = clone((loop.model, loop.optimizer, loop.attachment))
+    attachment.reattach(optimizer)
+    train(case, model, optimizer, range(3, 6))
+    expect_same(
+        {name: p.detach() for name, p in model.named_parameters()},
+        {name: p.detach() for name, p in loop.train(range(3, 6)).model.named_parameters()},
+        "The copy goes on differently",
+    )
+
+
+@check("transform")
+def no_growth(case: Case) -> None:
+    """100 steps leave no more tensors alive than 10 steps do."""
+    loop = Loop(case).train(range(10))
+    before = _alive()
+    grown = _alive(loop.train(range(100))) - before
+    if grown > 5:
+        raise BrokenContract(f"100 steps leave {grown} more tensors alive.", fix="Keep no list of tensors.")
+
+
+def _alive(*_: Any) -> int:
+    gc.collect()
+    return sum(issubclass(type(each), Tensor) for each in gc.get_objects())
+
+
+@check("transform")
+def ranks_agree(case: Case) -> None:
+    """Two replicas with equal gradients stay bitwise equal whatever their global generators hold."""
+    found = []
+    for rank in range(2):
+        torch.manual_seed(rank)
+        np.random.seed(rank)  # noqa: NPY002 - another state on each rank is the point
+        loop = Loop(case)
+        for step in range(5):
+            torch.manual_seed(100 * rank + step)
+            loop.train([step])
+        found.append(loop.values())
+    expect_same(
+        found[0], found[1], "Replicas drift apart", fix="Draw from streams keyed by seed, step and index."
+    )
+
+
+@check("transform", slow=True)
+def two_processes(case: Case) -> None:
+    """Two gloo processes with averaged gradients end with equal parameters."""
+    if "fork" not in multiprocessing.get_all_start_methods():
+        raise NotApplicable("this platform cannot fork")
+    context = multiprocessing.get_context("fork")
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = [context.Process(target=_rank, args=(case, rank, Path(folder))) for rank in range(2)]
+        for each in ranks:
+            each.start()
+        for each in ranks:
+            each.join(_GLOO_SECONDS)
+        hung = [each for each in ranks if each.is_alive()]
+        for each in hung:
+            each.kill()
+            each.join()
+        files = [Path(folder) / f"{rank}.pt" for rank in range(2)]
+        if hung or not all(file.exists() for file in files):
+            raise BrokenContract(f"Of two processes {len(hung)} hang, {[e.exitcode for e in ranks]}.")
+        first, second = (torch.load(file, weights_only=True) for file in files)
+        expect_same(first, second, "Two processes end with different parameters")
+
+
+def _rank(case: Case, rank: int, folder: Path) -> None:
+    """One process: own batches and generators, gradients averaged before the step."""
+    torch.set_num_threads(1)
+    store = distributed.FileStore(str(folder / "store"), 2)
+    distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    torch.manual_seed(rank)
+    loop = Loop(case)
+    for step in range(3):
+        loop.optimizer.zero_grad()
+        case_loss(case, loop.model, 2 * step + rank).backward()
+        for p in loop.model.parameters():
+            if p.grad is not None:
+                distributed.all_reduce(p.grad)
+                p.grad.div_(2)
+        torch.manual_seed(10 * step + rank)
+        loop.optimizer.step()
+    torch.save(loop.values(), folder / f"{rank}.tmp")
+    (folder / f"{rank}.tmp").replace(folder / f"{rank}.pt")
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+@check("transform", refusable="declared")
+def tied_parameters(case: Case) -> None:
+    """A parameter that two modules share is edited once per step."""
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 8))
+    model[2].weight = model[0].weight
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    component = built(case)
+    batches: list[int] = []
+    kept = component.pre_step_
+
+    def counting(batch: Any) -> None:
+        batches.append(len({id(p) for p in batch.params}) - len(batch.params))
+        kept(batch)
+
+    component.pre_step_ = counting
+    try:
+        component.attach(optimizer, names=model)
+        (model(torch.ones(2, 8)) ** 2).sum().backward()
+        optimizer.step()
+    finally:
+        del component.pre_step_
+    if component.steps != 1 or any(batches):
+        raise BrokenContract(f"One step with a tied parameter counts as {component.steps}.")
