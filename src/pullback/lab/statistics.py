@@ -20,6 +20,11 @@ MIN_SEEDS = 5
 EXACT_UP_TO = 14  # pairs; above, 2**14 random sign flips with a fixed seed
 
 
+def warm_up() -> None:
+    """Import what the tests below need, for a driver that has nothing else to do."""
+    import statsmodels.stats.weightstats  # noqa: F401
+
+
 def paired_comparison(
     claim: Claim,
     arm: Mapping[int, float],

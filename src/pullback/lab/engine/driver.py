@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -37,6 +38,7 @@ class Plan:
         metric: what the running score shows.
         leak_version: key under which the leak check is kept, or None to make none.
         retry_failed: run cells again that failed, diverged or timed out.
+        meanwhile: called once in a thread while the driver waits for cells.
     """
 
     label: str
@@ -47,6 +49,7 @@ class Plan:
     metric: Metric
     leak_version: str | None = None
     retry_failed: bool = False
+    meanwhile: Callable[[], object] | None = None
 
 
 @dataclass
@@ -160,6 +163,9 @@ class Drive:
         result = self.store.add(task.cell, outcome)
         self.results[task.cell.key] = result
         self.ran += 1
+        if self.ran == 1 and self.plan.meanwhile is not None:
+            # After the first cell: before it, the workers need the processors for their own imports.
+            threading.Thread(target=self.plan.meanwhile, name="pullback-meanwhile").start()
         if outcome.status == "done":
             self.seconds.setdefault(task.cell.arm, []).append(outcome.seconds)
         self._tell(result)

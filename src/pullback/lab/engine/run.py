@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pullback.lab import tuning
+from pullback.lab import statistics, tuning
 from pullback.lab.declare import Equivalent, Greater, Study, Trial
 from pullback.lab.engine.cells import Cell, check_trial, claim_hash, digest, make_cell, metrics_of
 from pullback.lab.engine.code import code_hash
@@ -77,7 +77,15 @@ def run_trial(
     ]
     leaks = check_leaks if check_leaks is not None else ref.file is not None
     plan = Plan(
-        ref.label, trial.title, "run", size, groups, trial.primary, version if leaks else None, retry_failed
+        ref.label,
+        trial.title,
+        "run",
+        size,
+        groups,
+        trial.primary,
+        version if leaks else None,
+        retry_failed,
+        statistics.warm_up,
     )
     results, ran, seconds = Drive(plan, store, executor, on_event or _ignore).run()
     cells = [results[cell.key] for group in groups for cell in group]
@@ -238,8 +246,6 @@ def _result(
     cells: list[CellResult],
     store: Store,
 ) -> TrialResult:
-    from pullback.lab import statistics
-
     metrics = metrics_of(trial)
     scores = {
         name: {arm: {c.seed: score(c, metric) for c in cells if c.arm == arm} for arm in trial.arms.names()}
