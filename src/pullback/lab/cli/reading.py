@@ -57,8 +57,10 @@ def show_room(room: str) -> None:
         say(f"evidence: none yet. Run `pullback study {room}`.")
     for result in results or []:
         say(f"evidence, {result.name}: {_word([result])}. {result.verdict.sentence}")
-    say()
-    page((resources.files(known.module) / "README.md").read_text(encoding="utf-8"))
+    text = resources.files(known.module) / "README.md"
+    if text.is_file():
+        say()
+        page(text.read_text(encoding="utf-8"))
     say()
     page(cite(room))
 
@@ -74,15 +76,8 @@ def write(out: Path, *, show: bool) -> int:
 
 def _display() -> bool:
     """Whether a window could appear: without one, a text browser would take over the terminal."""
-    return (
-        os.name != "posix" or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")) or _mac()
-    )
-
-
-def _mac() -> bool:
-    import sys
-
-    return sys.platform == "darwin"
+    shown = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    return bool(shown) or sys.platform in {"darwin", "win32"}
 
 
 def serve_report(out: Path, *, host: str, port: int, show: bool) -> int:

@@ -26,6 +26,8 @@ from pullback.lab.result import TrialResult
 from pullback.lab.store import Store
 from pullback.lab.trial import load_trial
 
+SMOKE_SEEDS = 2  # a smoke run shows that every arm works, and that seeds pair
+
 
 class UsageError(ValueError):
     """The command's words do not fit together; the message says which and what would."""
@@ -119,7 +121,7 @@ def run(refs: Sequence[StudyRef], plan: Plan) -> int:
                         size=plan.size,
                         store=store,
                         executor=executor,
-                        seeds=plan.seeds,
+                        seeds=plan.seeds or (SMOKE_SEEDS if plan.size == "smoke" else None),
                         retry_failed=plan.retry_failed,
                         on_event=progress,
                     )
@@ -141,7 +143,10 @@ def run(refs: Sequence[StudyRef], plan: Plan) -> int:
 def tell(label: str, result: TrialResult) -> int:
     """Print a verdict; 1 when every run of an arm failed, since then nothing was compared."""
     rival = f", but reduces to {result.verdict.reduces_to}" if result.verdict.reduces_to else ""
-    say(f"{label}: {result.verdict.word}{rival}. {result.verdict.sentence}")
+    word = (
+        "" if result.verdict.word == "not tested" else f"{result.verdict.word}{rival}. "
+    )  # its sentence says so
+    say(f"{label}: {word}{result.verdict.sentence}")
     if (
         (paper := result.declaration.get("paper"))
         and paper["baseline"] is not None
