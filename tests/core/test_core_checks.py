@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pullback.core import checks
@@ -14,6 +14,10 @@ NUMBERS = st.floats(allow_nan=True, allow_infinity=True)
 
 
 @given(NUMBERS)
+@example(math.inf)
+@example(math.nan)
+@example(0.0)
+@example(1.0)
 def test_bounds_accept_exactly_their_range(value):
     for check, inside in [
         (checks.finite, math.isfinite(value)),

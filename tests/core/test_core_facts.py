@@ -36,6 +36,7 @@ def test_read():
     [
         ('title = "A"', "", r"missing \['title'\]"),
         ('title = "A"', 'titel = "A"', r"unknown \['titel'\]"),
+        ("year = 2020", "year = 2020\nextra = 1", r"unknown \['extra'\]"),
         ("year = 2020", 'year = "2020"', "year must be an integer"),
         ("year = 2020", "year = true", "year must be an integer"),
         ('kind = "transform"', 'kind = "thing"', "kind must be one of .* got 'thing'"),

@@ -126,9 +126,8 @@ def _tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
         if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
             raise TypeError(f"tensors[{name!r}] must be a dense tensor, got {shown(tensor)}. Use scalars.")
         values = tensor.detach().cpu().contiguous()
-        whole = values.untyped_storage().nbytes() == values.numel() * values.element_size()
-        if not whole or values.untyped_storage().data_ptr() in storages:
-            values = values.clone()  # tied tensors and views are stored as they are seen
+        if values.untyped_storage().data_ptr() in storages:
+            values = values.clone()  # tied tensors and views are stored one by one
         storages.add(values.untyped_storage().data_ptr())
         plain[name] = values
     return safetensors.torch.save(plain)
