@@ -125,7 +125,7 @@ def check(
     """
 
     def register(function: Callable[[Case], None]) -> Callable[[Case], None]:
-        name = function.__name__
+        name = getattr(function, "__name__", repr(function))
         says = (function.__doc__ or "").strip().partition("\n")[0]
         _CHECKS[name] = Check(name, kinds or KINDS, function, says, refusable, slow)
         return function

@@ -105,7 +105,8 @@ def as_case(component: Any, kind: str | None = None, **about: Any) -> Case:
     chosen = kind or found
     if chosen is None:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got None. Pass kind=... for {name}.")
-    return Case(**{"name": name, "kind": chosen, "build": build, **about})
+    fields_: dict[str, Any] = {"name": name, "kind": chosen, "build": build, **about}
+    return Case(**fields_)
 
 
 def _rebuilt(cls: type[torch.optim.Optimizer], defaults: dict[str, Any], params: Any) -> Any:

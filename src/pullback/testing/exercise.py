@@ -130,8 +130,8 @@ def _recompute(case: Case, component: Any, seed: int, inputs: tuple[Any, ...] | 
     model = user_model(case)
     arguments = leaves(batch_for(model, case, seed)) if inputs is None else inputs
     out = recompute(case, component, model, arguments)
-    wanted = [*(each for each in differentiable(arguments) if each.requires_grad), *model.parameters()]
-    return out.detach(), list(torch.autograd.grad(out.sum(), wanted, allow_unused=True))
+    out.sum().backward()
+    return out.detach(), [parameter.grad for parameter in model.parameters()]
 
 
 def recompute(case: Case, component: Any, model: nn.Module, arguments: tuple[Any, ...]) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.gradcheck import GradcheckError
 
 from pullback.testing.case import Case
 from pullback.testing.check import BrokenContract, NotApplicable, check
@@ -39,7 +40,7 @@ def gradcheck(case: Case) -> None:
     function, points = _function(case)
     try:
         torch.autograd.gradcheck(function, points, fast_mode=_large(points))
-    except torch.autograd.gradcheck.GradcheckError as error:
+    except GradcheckError as error:
         raise BrokenContract(_first(error)) from error
 
 
@@ -49,7 +50,7 @@ def gradgradcheck(case: Case) -> None:
     function, points = _function(case)
     try:
         torch.autograd.gradgradcheck(function, points, fast_mode=_large(points))
-    except torch.autograd.gradcheck.GradcheckError as error:
+    except GradcheckError as error:
         raise BrokenContract(_first(error)) from error
 
 

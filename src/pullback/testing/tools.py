@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -146,12 +146,12 @@ def cast(module: Any, dtype: torch.dtype) -> Any:
 
 def global_rng() -> tuple[Tensor, Any, Any]:
     """State of torch's, NumPy's and Python's global generators."""
-    state = np.random.get_state()  # noqa: NPY002 - the legacy global generator is the very thing to watch
-    return torch.get_rng_state(), (state[0], state[1].tolist(), *state[2:]), random.getstate()
+    kind, words, *rest = np.random.get_state(legacy=True)  # noqa: NPY002 - the very thing to watch
+    return torch.get_rng_state(), (kind, np.asarray(words).tolist(), *rest), random.getstate()
 
 
 @contextmanager
-def keeping_rng() -> Iterator[None]:
+def keeping_rng() -> Generator[None]:
     """Put the global generators back afterwards, so that checks leave no trace either."""
     torch_state, numpy_state, python_state = (
         torch.get_rng_state(),

@@ -83,7 +83,7 @@ def scaler_overflow(case: Case) -> None:
         before, state = loop.values(), clone(loop.component.state_dict())
         loop.optimizer.zero_grad()
         scaler.scale(case_loss(case, loop.model, 2)).backward()
-        next(p for p in loop.model.parameters() if p.grad is not None).grad.fill_(float("inf"))
+        next(p.grad for p in loop.model.parameters() if p.grad is not None).fill_(float("inf"))
         scaler.step(loop.optimizer)
         scaler.update()
         expect_same(loop.values(), before, f"A step left out by GradScaler ({name}) moved parameters")

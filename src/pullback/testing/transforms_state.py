@@ -15,7 +15,7 @@ from torch import Tensor, distributed
 
 from pullback.testing.case import Case
 from pullback.testing.check import BrokenContract, NotApplicable, check
-from pullback.testing.exercise import built, case_loss, train
+from pullback.testing.exercise import case_loss, train
 from pullback.testing.tools import clone, expect_same
 from pullback.testing.transforms import OPTIMIZERS, Loop
 
@@ -129,28 +129,3 @@ def _rank(case: Case, rank: int, folder: Path) -> None:
     (folder / f"{rank}.tmp").replace(folder / f"{rank}.pt")
     distributed.barrier()
     distributed.destroy_process_group()
-
-
-@check("transform", refusable="declared")
-def tied_parameters(case: Case) -> None:
-    """A parameter that two modules share is edited once per step."""
-    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 8))
-    model[2].weight = model[0].weight
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    component = built(case)
-    batches: list[int] = []
-    kept = component.pre_step_
-
-    def counting(batch: Any) -> None:
-        batches.append(len({id(p) for p in batch.params}) - len(batch.params))
-        kept(batch)
-
-    component.pre_step_ = counting
-    try:
-        component.attach(optimizer, names=model)
-        (model(torch.ones(2, 8)) ** 2).sum().backward()
-        optimizer.step()
-    finally:
-        del component.pre_step_
-    if component.steps != 1 or any(batches):
-        raise BrokenContract(f"One step with a tied parameter counts as {component.steps}.")

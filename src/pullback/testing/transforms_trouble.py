@@ -6,7 +6,7 @@ import warnings
 
 import torch
 
-from pullback.core.checks import NonFiniteError
+from pullback.core.checks import NonFinite, NonFiniteError
 from pullback.testing.case import Case
 from pullback.testing.check import BrokenContract, check
 from pullback.testing.exercise import case_loss
@@ -14,14 +14,14 @@ from pullback.testing.tools import clone, expect_same
 from pullback.testing.transforms import OPTIMIZERS, Loop
 
 
-def _poisoned(case: Case, policy: str) -> tuple[Loop, str]:
+def _poisoned(case: Case, policy: NonFinite) -> tuple[Loop, str]:
     """Two good steps, then gradients with one NaN, ready for the step; the name of the poisoned parameter."""
     loop = Loop(case, OPTIMIZERS["AdamW"], nonfinite=policy).train(range(2))
     loop.optimizer.zero_grad()
     case_loss(case, loop.model, 2).backward()
-    name, parameter = next((n, p) for n, p in loop.model.named_parameters() if p.grad is not None)
+    name, grad = next((n, p.grad) for n, p in loop.model.named_parameters() if p.grad is not None)
     with torch.no_grad():
-        parameter.grad.view(-1)[0] = float("nan")
+        grad.view(-1)[0] = float("nan")
     return loop, name
 
 
