@@ -32,6 +32,7 @@ from pullback.lab import (
     Metric,
     PairedSeeds,
     PaperResult,
+    Seeds,
     Study,
     TrialResult,
     Tune,
@@ -59,7 +60,7 @@ class Config:
     """
 
     start: Literal["simple", "zero", "he"]
-    steps: int = 5000
+    steps: int = 4000
     clip: float | None = None
     depth: int = 20
     width: int = 50
@@ -106,7 +107,7 @@ class Perceptron:
         for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             if kept is not None:
                 kept.append(x)
-            x = torch.addmm(bias, x, weight)
+            x = torch.mm(x, weight).add_(bias)
             if layer < last:
                 x.relu_()
         return x
@@ -225,7 +226,7 @@ ACCURACY = Metric("test_accuracy", better="higher", unit="fraction", worst=0.0)
 SELECT = Metric("validation_accuracy", better="higher", unit="fraction", worst=0.0)
 ABOVE_HALF = Metric("above_half", better="higher", unit="fraction", worst=0.0)
 RATES = Choice((0.01, 0.03, 0.1, 0.3))
-ETAS = Choice((0.003, 0.01, 0.03, 0.1, 0.3, 1.0))
+ETAS = Choice((0.01, 0.1, 1.0))
 ESCAPE = Drawing(
     "escape",
     draw_escape,
@@ -233,7 +234,7 @@ ESCAPE = Drawing(
     "whether noise brought them there or they started there.",
 )
 DEVIATIONS = (
-    "7,000 training digits instead of 60,000, 2,000 for the test; 5,000 steps of batch 64 (the paper names "
+    "7,000 training digits instead of 60,000, 2,000 for the test; 4,000 steps of batch 64 (the paper names "
     "neither); biases start at 0; the learning rate is tuned for every arm and eta for every arm that has one, "
     "where the paper averages over two rates at eta 0.01; 8 seeds instead of 20 per rate."
 )
@@ -254,6 +255,7 @@ def declare(name: str, title: str, cfg: Config, etas: tuple[str, ...], **fields:
         primary=ACCURACY,
         hp={"*": {"lr": 0.1, "eta": 0.01}},
         tune=Tune(trials=12, select=SELECT, shared={"lr": RATES}, only={arm: {"eta": ETAS} for arm in etas}),
+        seeds=Seeds(tune=(100,)),  # the full grid of 12 points on one seed, rather than half of it on two
         timeout=300.0,
         figures=(ESCAPE, PairedSeeds()),
         cannot_test=CANNOT,

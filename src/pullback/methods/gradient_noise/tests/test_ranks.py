@@ -1,0 +1,68 @@
+"""Two processes: replicas draw the same noise, shards draw their own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from pullback.methods.gradient_noise import GradientNoise
+
+
+def _replicas(rank):
+    torch.manual_seed(0)
+    model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(5, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    GradientNoise(0.5, seed=2).attach(optimizer)
+    for step in range(3):
+        x = torch.randn(4, 5, generator=torch.Generator().manual_seed(10 * step + rank))
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def _shards():
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+
+    mesh = init_device_mesh("cpu", (2,))
+    grads = {}
+    for name, placement in (("sharded", Shard(0)), ("replicated", Replicate())):
+        weight = torch.nn.Parameter(distribute_tensor(torch.zeros(2001, 50), mesh, [placement]))
+        weight.grad = distribute_tensor(torch.zeros(2001, 50), mesh, [placement])
+        optimizer = torch.optim.SGD([weight], lr=0.1)
+        GradientNoise(0.25).attach(optimizer)
+        optimizer.step()
+        grads[name] = weight.grad.to_local().clone()
+    return grads
+
+
+def _both(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    torch.save({"replicas": _replicas(rank), "shards": _shards()}, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    if not dist.is_gloo_available():
+        pytest.skip("torch was built without gloo")
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(_both, args=(str(folder),), nprocs=2, join=True)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def test_replicas_stay_equal(ranks):
+    first, second = (rank["replicas"] for rank in ranks)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_shards_draw_their_own_noise_and_copies_the_same(ranks):
+    first, second = (rank["shards"] for rank in ranks)
+    assert torch.equal(first["replicated"], second["replicated"])
+    assert first["sharded"].shape[0] + second["sharded"].shape[0] == 2001
+    rows = torch.stack([first["sharded"][:1000].flatten(), second["sharded"][:1000].flatten()])
+    assert rows.std(1).tolist() == pytest.approx([0.5, 0.5], rel=0.02)
+    assert abs(torch.corrcoef(rows)[0, 1]) < 4 / 50_000**0.5
