@@ -59,7 +59,7 @@ def paired_comparison(
     flat = usable and _spread(difference, a, b) == 0
     low, high = _interval(difference, flat, alpha) if usable else (math.nan, math.nan)
     p = math.nan
-    if usable and not (flat and not greater) and (greater or len(seeds) > 1):
+    if len(seeds) > 1 and usable and (greater or not flat):
         p = sign_flip_p(difference - margin) if greater else equivalence_p(difference, margin)
     testable = tested and usable and not flat and len(seeds) >= MIN_SEEDS
     word: Word = _word(greater, low, high, p, margin, alpha) if testable else "not tested"

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from pullback.lab.engine.cells import Cell, digest
-from pullback.lab.engine.codec import EvidenceError, decode, encode
+from pullback.lab.engine.codec import EvidenceError, decode, encode, numeric_dtype
 from pullback.lab.engine.lock import DriverLock, LockedError
 from pullback.lab.engine.worker import Outcome
 from pullback.lab.result import CellResult, TrialResult
@@ -41,6 +41,14 @@ CREATE TABLE tunings (label TEXT NOT NULL, sha256 TEXT NOT NULL, trace TEXT NOT 
 CREATE TABLE results (source TEXT NOT NULL, name TEXT NOT NULL, size TEXT NOT NULL, room TEXT, head TEXT NOT NULL,
   keys TEXT NOT NULL, digest TEXT NOT NULL, finished REAL NOT NULL, PRIMARY KEY (source, name, size));
 """
+_SIGNS_OF_DAMAGE = (
+    "malformed",
+    "not a database",
+    "decode",
+    "no such table",
+    "no such column",
+    "unsupported file",
+)
 _CONTENT = ("metrics", "curves", "arrays")
 
 
@@ -138,10 +146,14 @@ class Store:
             raise StoreError(str(error)) from error
         except sqlite3.DatabaseError as error:
             text = str(error)
-            if "malformed" in text or "not a database" in text:
+            if any(sign in text for sign in _SIGNS_OF_DAMAGE):
                 raise self._damaged(text) from error
             raise StoreError(
                 f"{self.path} cannot be {verb}: {text}. Check free space and permissions."
+            ) from error
+        except OverflowError as error:
+            raise StoreError(
+                f"{self.path} cannot hold a whole number: {error}. Use values below 2**63."
             ) from error
         except OSError as error:
             reason = error.strerror or error
@@ -228,11 +240,15 @@ class Store:
                 "SELECT name, value FROM metrics WHERE key = ? ORDER BY name", (key,)
             ).fetchall()
             curves, arrays = self._curves(key), self._arrays(key)
-        arm, seed, hp, status, seconds, error, kept = row
+        arm, seed, text, status, seconds, error, kept = row
+        try:
+            hp = json.loads(text)
+        except ValueError as fault:
+            raise self._damaged(f"hyperparameters of cell {key[:12]}: {fault}") from fault
         result = CellResult(
             arm,
             seed,
-            json.loads(hp),
+            hp,
             status,
             {n: _number(v) for n, v in metrics},
             seconds,
@@ -260,7 +276,8 @@ class Store:
         )
         try:
             return {
-                n: np.frombuffer(data, np.dtype(d)).reshape(json.loads(s)).copy() for n, d, s, data in rows
+                n: np.frombuffer(data, numeric_dtype(d)).reshape(json.loads(s)).copy()
+                for n, d, s, data in rows
             }
         except (ValueError, TypeError) as error:
             raise self._damaged(f"an array of cell {key[:12]}: {error}") from error

@@ -62,19 +62,7 @@ def run_trial(
     settings = tuning.settings_of(trial)
     claim, code = claim_hash(trial), code_hash(ref)
     version = digest([claim, code, size, ref.name])
-    needs = _needed(trial)
-    groups = [
-        [
-            dataclasses.replace(
-                make_cell(
-                    trial, ref, claim=claim, code=code, size=size, arm=arm, hp=settings.hp[arm], seed=seed
-                ),
-                needs=needs,
-            )
-            for arm in trial.arms.names()
-        ]
-        for seed in chosen
-    ]
+    groups = _groups(trial, ref, claim, code, size, settings, chosen)
     leaks = check_leaks if check_leaks is not None else ref.file is not None
     plan = Plan(
         ref.label,
@@ -188,6 +176,25 @@ def _seeds(trial: Trial, seeds: int | Sequence[int] | None) -> tuple[int, ...]:
     if clash or len(set(chosen)) != len(chosen) or not chosen:
         raise TrialError(f"seeds must be distinct and no tuning seeds, got {list(chosen)}. Choose others.")
     return chosen
+
+
+def _groups(
+    trial: Trial, ref: StudyRef, claim: str, code: str, size: str, settings: Settings, seeds: Sequence[int]
+) -> list[list[Cell]]:
+    """The cells of all arms, seed by seed."""
+    needs = _needed(trial)
+    return [
+        [
+            dataclasses.replace(
+                make_cell(
+                    trial, ref, claim=claim, code=code, size=size, arm=arm, hp=settings.hp[arm], seed=seed
+                ),
+                needs=needs,
+            )
+            for arm in trial.arms.names()
+        ]
+        for seed in seeds
+    ]
 
 
 def _needed(trial: Trial) -> tuple[str, ...]:
