@@ -7,7 +7,18 @@ from collections.abc import Sequence
 
 __all__ = ["main", "run"]
 
-_NEEDED = ("cyclopts", "jinja2", "matplotlib", "numpy", "pebble", "rich", "scipy", "sklearn", "statsmodels")
+_NEEDED = (
+    "cyclopts",
+    "jinja2",
+    "matplotlib",
+    "numpy",
+    "pebble",
+    "rich",
+    "scipy",
+    "skimage",
+    "sklearn",
+    "statsmodels",
+)
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,17 +15,20 @@ import pullback
 from pullback.lab.cli.terminal import complain
 
 Out = Annotated[Path, Parameter(help="Folder of the store and the report.")]
-Quiet = Annotated[bool, Parameter(negative="", help="Print results only.")]
-Debug = Annotated[bool, Parameter(negative="", help="Show tracebacks.")]
 Workers = Annotated[int | None, Parameter(help="Worker processes; every core when left out.")]
 ExecutorName = Annotated[Literal["local", "ray"], Parameter(help="Where cells run.")]
 Seeds = Annotated[int | None, Parameter(help="How many of the declared seeds; all when left out.")]
 Retry = Annotated[bool, Parameter(negative="", help="Run cells again that failed before.")]
 RUNS = Path("runs")
+FLAGS = ("quiet", "debug")
+_flags: ContextVar[dict[str, bool]] = ContextVar("flags", default=dict.fromkeys(FLAGS, False))  # noqa: B039 (never changed in place)
 
 app = App(
     name="pullback",
-    help="Methods on the learning signal of neural networks, and trials that show whether they help.",
+    help=(
+        "Methods on the learning signal of neural networks, and trials that show whether they help.\n\n"
+        "Every command takes --quiet (results only) and --debug (tracebacks)."
+    ),
     version=pullback.__version__,
     result_action="return_value",
 )
@@ -34,6 +38,8 @@ def dispatch(tokens: list[str]) -> int:
     """Run one command and turn every failure into one line and an exit status."""
     from pullback.lab.engine.errors import Interrupted
 
+    tokens, given = _split_flags(tokens)
+    _flags.set(given)
     try:
         result = app(tokens, exit_on_error=False, print_error=False)
         return result if isinstance(result, int) else 0
@@ -51,12 +57,19 @@ def dispatch(tokens: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        if "--debug" in tokens:
+        if given["debug"]:
             traceback.print_exc()
             if inner := getattr(error, "traceback_text", ""):
                 print(inner, file=sys.stderr)
         complain(_line(error))
         return 2 if _misuse(error) else 1
+
+
+def _split_flags(tokens: list[str]) -> tuple[list[str], dict[str, bool]]:
+    """Take the flags that every command has out of the words, wherever they stand."""
+    return [t for t in tokens if t.removeprefix("--") not in FLAGS or not t.startswith("--")], {
+        flag: f"--{flag}" in tokens for flag in FLAGS
+    }
 
 
 def _line(error: Exception) -> str:
@@ -100,8 +113,6 @@ def study(
     workers: Workers = None,
     retry_failed: Retry = False,
     out: Out = RUNS,
-    quiet: Quiet = False,
-    debug: Debug = False,
 ) -> int:
     """Run the studies of one or more methods, print the verdicts and write the report.
 
@@ -109,7 +120,7 @@ def study(
     """
     from pullback.lab.cli import running
 
-    plan = running.Plan(size, seeds, executor, workers, out, retry_failed, quiet, debug)
+    plan = running.Plan(size, seeds, executor, workers, out, retry_failed, **_flags.get())
     return running.run(running.study_refs(rooms, everything=all_, only=only), plan)
 
 
@@ -123,13 +134,11 @@ def trial(
     workers: Workers = None,
     retry_failed: Retry = False,
     out: Out = RUNS,
-    quiet: Quiet = False,
-    debug: Debug = False,
 ) -> int:
     """Run a trial that you declared in FILE.py (or FILE.py:NAME) on your own training function."""
     from pullback.lab.cli import running
 
-    plan = running.Plan(size, seeds, executor, workers, out, retry_failed, quiet, debug)
+    plan = running.Plan(size, seeds, executor, workers, out, retry_failed, **_flags.get())
     return running.run([running.trial_ref(file)], plan)
 
 
@@ -142,13 +151,11 @@ def tune(
     workers: Workers = None,
     retry_failed: Retry = False,
     out: Out = RUNS,
-    quiet: Quiet = False,
-    debug: Debug = False,
 ) -> int:
     """Tune every arm of a method's studies with equal budgets and write the room's tuned.toml."""
     from pullback.lab.cli import running
 
-    plan = running.Plan("full", None, executor, workers, out, retry_failed, quiet, debug)
+    plan = running.Plan("full", None, executor, workers, out, retry_failed, **_flags.get())
     return running.tune(running.study_refs([room], everything=False, only=only), plan)
 
 
@@ -157,7 +164,6 @@ def report(
     *,
     open_: Annotated[bool, Parameter(name="--open", negative="", help="Show it in the browser.")] = False,
     out: Out = RUNS,
-    debug: Debug = False,  # noqa: ARG001 (read by dispatch)
 ) -> int:
     """Write the report from the store and the committed evidence."""
     from pullback.lab.cli import reading
@@ -172,7 +178,6 @@ def serve(
     port: int = 0,
     open_: Annotated[bool, Parameter(name="--open", negative="", help="Show it in the browser.")] = False,
     out: Out = RUNS,
-    debug: Debug = False,  # noqa: ARG001 (read by dispatch)
 ) -> int:
     """Serve the report folder, on this machine only."""
     from pullback.lab.cli import reading
@@ -186,7 +191,6 @@ def export(
     format_: Annotated[Literal["json", "parquet"], Parameter(name="--format")] = "json",
     to: Annotated[Path, Parameter(help="Folder to write to.")] = Path("evidence"),
     out: Out = RUNS,
-    debug: Debug = False,  # noqa: ARG001 (read by dispatch)
 ) -> int:
     """Write evidence (JSON) or a table with one row per measured value (Parquet) from the store."""
     from pullback.lab.cli import exporting

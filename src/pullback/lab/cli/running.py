@@ -132,11 +132,13 @@ def run(refs: Sequence[StudyRef], plan: Plan) -> int:
                 status = 1
                 continue
             except Interrupted as stop:
-                complain(f"{stop} The same command goes on where it stopped.")
-                return stop.exit_code
+                complain(stop)
+                status = stop.exit_code
+                break
             status = max(status, tell(ref.label, result))
-    page = places.report(plan.out, with_evidence=False)
-    say(f"report: {page}")
+    # An interrupted command still reports the trials that were finished before it.
+    if places.stored(plan.out):
+        say(f"report: {places.report(plan.out, with_evidence=False)}")
     return status
 
 
@@ -179,7 +181,7 @@ def tune(refs: Sequence[StudyRef], plan: Plan) -> int:
                         ref, store=store, executor=executor, retry_failed=plan.retry_failed, on_event=progress
                     )
             except Interrupted as stop:
-                complain(f"{stop} The same command goes on where it stopped.")
+                complain(stop)
                 return stop.exit_code
             for arm, hp in tuned.hp.items():
                 say(f"{ref.label}: {arm}: {_listed(hp)}")
