@@ -432,8 +432,8 @@ def kill_while_saving(folder, first, delay):
 def test_kill_at_random_moments_loses_nothing(tmp_path):
     rng = random.Random(0)
     last = 0
-    for _ in range(8):
-        committed = kill_while_saving(tmp_path, last, rng.uniform(0.0, 0.15))
+    for _ in range(6):
+        committed = kill_while_saving(tmp_path, last, rng.uniform(0.0, 0.3))
         if committed == 0:
             continue
         found = load(tmp_path)
