@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,22 +23,26 @@ CHUNK = 1 << 17
 Bucket: TypeAlias = tuple[torch.device, torch.dtype, tuple[int, ...]]
 """What shares one stream: device, dtype of the draw, and the place of the shard in its device mesh."""
 
+Piece: TypeAlias = tuple[Tensor, float | Tensor, int, int]
+"""Flat entries of a gradient within one chunk, their std, and where their noise starts and stops in it."""
+
 _HALF = math.sqrt(0.5)
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(NamedTuple):
     """Real entries of one gradient that get noise.
 
     Args:
         entries: a real view of the gradient (edited in place), any shape and stride.
         std: standard deviation of the noise of one real entry.
         index: position of the parameter among all parameters.
+        size: number of real entries.
     """
 
     entries: Tensor
     std: float | Tensor
     index: int
+    size: int
 
 
 # --- what gets noise ----------------------------------------
@@ -62,9 +65,7 @@ def _shard(grad: Tensor, name: str) -> tuple[Tensor, tuple[int, ...]]:
 
 
 def _stored(grad: Tensor, name: str) -> Tensor:
-    """The stored values of a gradient: itself when dense, the coalesced values when sparse (COO)."""
-    if grad.layout is torch.strided:
-        return grad
+    """The coalesced values of a sparse (COO) gradient."""
     if grad.layout is not torch.sparse_coo:
         raise TypeError(
             f"gradient of {name} must be dense or sparse COO, got {grad.layout}. "
@@ -83,30 +84,32 @@ def buckets(
     for grad, std, name, index in zip(grads, stds, names, indices, strict=True):
         if isinstance(std, float) and std == 0.0:
             continue
-        local, place = _shard(grad, name)
-        entries = _stored(local, name)
-        if entries.is_complex():  # real and imaginary part share the variance
+        local, place = (grad, ()) if type(grad) is Tensor else _shard(grad, name)
+        entries = local if local.layout is torch.strided else _stored(local, name)
+        if entries.dtype.is_complex:  # real and imaginary part share the variance
             entries, std = torch.view_as_real(entries), std * _HALF
-        if entries.numel() == 0:
+        size = entries.numel()
+        if size == 0:
             continue
         drawn = torch.float64 if entries.dtype is torch.float64 else torch.float32
-        found.setdefault((entries.device, drawn, place), []).append(Target(entries, std, index))
+        found.setdefault((entries.device, drawn, place), []).append(Target(entries, std, index, size))
     return found
 
 
 # --- drawing and adding ----------------------------------------
 
 
-def _pieces(targets: Sequence[Target], chunk: int) -> Iterator[list[tuple[Tensor, float | Tensor, int, int]]]:
-    """Cut the flat stream at multiples of ``chunk``: rows of (entries, std, start, stop)."""
-    row: list[tuple[Tensor, float | Tensor, int, int]] = []
+def _pieces(targets: Sequence[Target], chunk: int) -> Iterator[list[Piece]]:
+    """Cut the flat stream at multiples of ``chunk``: one list per chunk."""
+    row: list[Piece] = []
     filled = 0
-    for target in targets:
-        flat, done = target.entries.view(-1), 0
-        while done < flat.numel():
-            take = min(chunk - filled, flat.numel() - done)
-            piece = flat if take == flat.numel() else flat[done : done + take]
-            row.append((piece, target.std, filled, filled + take))
+    for entries, std, _, size in targets:
+        flat = entries if entries.dim() == 1 else entries.view(-1)
+        done = 0
+        while done < size:
+            take = min(chunk - filled, size - done)
+            piece = flat if take == size else flat[done : done + take]
+            row.append((piece, std, filled, filled + take))
             filled, done = filled + take, done + take
             if filled == chunk:
                 yield row
@@ -115,16 +118,20 @@ def _pieces(targets: Sequence[Target], chunk: int) -> Iterator[list[tuple[Tensor
         yield row
 
 
-def _scale_(buffer: Tensor, row: list[tuple[Tensor, float | Tensor, int, int]]) -> None:
-    """Multiply each run of equal std in one call."""
-    start, current = 0, row[0][1]
-    for _, std, begin, _ in row:
-        if std is not current and not (
-            isinstance(std, float) and isinstance(current, float) and std == current
-        ):
-            buffer[start:begin].mul_(current)
-            start, current = begin, std
-    buffer[start:].mul_(current)
+def _draw_(buffer: Tensor, row: list[Piece], generator: torch.Generator | None) -> None:
+    """Fill ``buffer`` with the noise of one chunk; runs of equal std are scaled in one call."""
+    runs: list[tuple[int, float | Tensor]] = []
+    last: float | Tensor | None = None
+    for _, std, start, _ in row:
+        if std is not last and (last is None or isinstance(std, Tensor) or std != last):
+            runs.append((start, std))
+            last = std
+    if len(runs) == 1 and isinstance(last, float):
+        buffer.normal_(std=last, generator=generator)
+        return
+    buffer.normal_(generator=generator)
+    for (start, std), (stop, _) in zip(runs, [*runs[1:], (len(buffer), 0.0)], strict=True):
+        buffer[start:stop].mul_(std)
 
 
 def add_to_bucket_(
@@ -149,23 +156,18 @@ def add_to_bucket_(
     Returns:
         A 0-dim tensor with the squared norm of the noise, or ``None``.
     """
-    device = targets[0].entries.device
     plain = [t for t in targets if t.entries.is_contiguous()]
-    other = [t for t in targets if not t.entries.is_contiguous()]
-    copies = [
-        Target(
-            torch.zeros_like(t.entries, dtype=drawn, memory_format=torch.contiguous_format), t.std, t.index
-        )
-        for t in other
-    ]  # no flat view exists: collect their noise first
+    other = [] if len(plain) == len(targets) else [t for t in targets if not t.entries.is_contiguous()]
+    copies = [  # no flat view exists: collect their noise first
+        t._replace(entries=torch.zeros(t.entries.shape, dtype=drawn, device=t.entries.device)) for t in other
+    ]
     everything = [*plain, *copies]
-    size = min(chunk, sum(t.entries.numel() for t in everything))
+    device, size = targets[0].entries.device, min(chunk, sum(t.size for t in targets))
     buffer = torch.empty(size, dtype=drawn, device=device)
     total = torch.zeros((), dtype=drawn, device=device) if norm else None
     for row in _pieces(everything, chunk):
         noise = buffer[: row[-1][3]]
-        noise.normal_(generator=generator)
-        _scale_(noise, row)
+        _draw_(noise, row, generator)
         if total is not None:
             total += noise.dot(noise)
         pieces = [piece for piece, _, _, _ in row]
