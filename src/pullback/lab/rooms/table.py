@@ -31,4 +31,4 @@ def methods_table_text(evidence: Path) -> str:
     from pullback.lab.evidence import read_evidence
     from pullback.lab.report import methods_table
 
-    return methods_table(read_evidence(evidence) if evidence.is_dir() else {})
+    return methods_table({**read_evidence(evidence)} if evidence.is_dir() else {})
