@@ -5,13 +5,15 @@ Only torch and the trial's own modules are imported here, so that a worker start
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import random
+import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from numbers import Real
@@ -31,6 +33,7 @@ EXIT_IN_CELL = 70  # any non-zero code: the pool takes a worker that ends with 0
 POSITIVE_ZERO = 0.0  # added to every value: SQLite has no -0.0, and a value must read back as it was hashed
 
 _executed = 0  # cells that this process has run
+_flushes = False  # whether this process flushes denormals
 
 
 @dataclass(frozen=True)
@@ -89,8 +92,12 @@ def prepare(parent: int) -> None:
     Args:
         parent: process id of the driver.
     """
+    global _flushes
     import torch
 
+    # With denormals flushed, a literal such as 1e-310 compiles to 0: no other process may find that in its cache.
+    sys.dont_write_bytecode = True
+    _flushes = True
     torch.set_num_threads(1)
     torch.set_num_interop_threads(1)
     torch.set_flush_denormal(True)
@@ -165,13 +172,29 @@ class StaleCodeError(RuntimeError):
     """The code on disk is no longer the code whose hash names the cell."""
 
 
+@contextlib.contextmanager
+def _exact_literals() -> Generator[None]:
+    """Keep denormals while source is parsed: the driver parsed it so, and the hashes must agree."""
+    if not _flushes:
+        yield
+        return
+    import torch
+
+    torch.set_flush_denormal(False)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(True)
+
+
 @lru_cache(maxsize=64)
 def _trial_of(ref: StudyRef, code: str) -> Trial:
     """Import a trial once, and make sure that it is the one that the driver hashed."""
-    if code_hash(ref) == code:
-        trial = ref.resolve()
+    with _exact_literals():
         if code_hash(ref) == code:
-            return trial
+            trial = ref.resolve()
+            if code_hash(ref) == code:
+                return trial
     raise StaleCodeError(f"{ref.source}: the code was edited after the trial had started. Run it again.")
 
 
