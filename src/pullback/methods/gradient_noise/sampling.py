@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pullback.core.checks import non_negative
 from pullback.core.parameters import named_parameters
 
-CHUNK = 1 << 17
+CHUNK = 1 << 18
 """Entries drawn at a time; a multiple of 16, so that chunks join to what one call would draw on a CPU."""
 
 Bucket: TypeAlias = tuple[torch.device, torch.dtype, tuple[int, ...]]

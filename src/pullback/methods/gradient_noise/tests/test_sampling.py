@@ -51,7 +51,7 @@ def test_foreach_equals_the_loop_bitwise(dtype):
     assert not equal(gradients(dtype), loop)
 
 
-@pytest.mark.parametrize("chunk", [16, 64, 1 << 17])
+@pytest.mark.parametrize("chunk", [16, 64, CHUNK])
 def test_noise_is_one_randn_call_whatever_the_chunks(chunk):
     grads = [torch.zeros(shape) for shape in SHAPES]
     total = sum(g.numel() for g in grads)
@@ -204,8 +204,8 @@ def test_memory_stays_bounded_by_the_chunk(monkeypatch):
         return empty(size, **options)
 
     monkeypatch.setattr(torch, "empty", counted)
-    GradientNoise().update_(parameters([torch.zeros(1 << 18) for _ in range(8)]))
-    assert drawn == [CHUNK]  # one buffer of half a MiB for 8 MiB of gradients
+    GradientNoise().update_(parameters([torch.zeros(1 << 19) for _ in range(8)]))
+    assert drawn == [CHUNK]  # one buffer of 1 MiB for 16 MiB of gradients
 
 
 # --- steps -------------------------------------------------------------------------------------------
