@@ -30,6 +30,7 @@ from pullback.lab import (
     Metric,
     PairedSeeds,
     PaperResult,
+    Seeds,
     Study,
     Tune,
 )
@@ -282,6 +283,7 @@ def _study(name: str, full: Config, smoke: Config, *, trials: int, rival: str, *
             only={"dann": {"lam_max": Choice((0.1, 0.3, 1.0))}},
             size="tuning",
         ),
+        seeds=Seeds(tune=(100,)),
         also=(Greater("dann", than="source", metric=PAD),),
         refuted_if=REFUTED,
         timeout=180.0,
