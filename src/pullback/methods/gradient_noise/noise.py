@@ -136,7 +136,7 @@ class GradientNoise(Transform):
             for name, group in zip(batch.names, batch.groups, strict=True)
         ]
         found = buckets(batch.grads, stds, batch.names, batch.indices)
-        before = torch.nn.utils.get_total_norm(batch.grads) if self.record else None
+        before = _norm(batch.grads) if self.record else None
         squares: list[Tensor] = []
         for (device, drawn, place), targets in found.items():
             stream = generator(
@@ -161,7 +161,7 @@ class GradientNoise(Transform):
     def report(self) -> NoiseReport | None:
         """Norms of noise and gradient at the last step (reads the device), or ``None`` before the first one.
 
-        With sharded gradients the noise's norm is that of this rank's shards.
+        With sharded gradients call it on every rank; the noise's norm is then that of the rank's own shards.
 
         Raises:
             RuntimeError: if the norms are not recorded.
@@ -174,8 +174,14 @@ class GradientNoise(Transform):
             return None
         step, std, squares, before = self._last
         noise_norm = math.sqrt(sum(float(square) for square in squares))
-        return NoiseReport(step, std, noise_norm, float(before))
+        gather = getattr(before, "full_tensor", None)
+        return NoiseReport(step, std, noise_norm, float(before if gather is None else gather()))
 
     def __repr__(self) -> str:
         shown = self.schedule if isinstance(self.schedule, str) else "callable"
         return f"GradientNoise(eta={self.eta:g}, gamma={self.gamma:g}, schedule={shown!r}, seed={self.seed})"
+
+
+def _norm(grads: list[Tensor]) -> Tensor:
+    """Euclidean norm of all gradients together, left on the device."""
+    return torch.nn.utils.get_total_norm([g.coalesce().values() if g.is_sparse else g for g in grads])

@@ -220,6 +220,17 @@ def test_report_gives_both_norms():
     assert report.ratio == pytest.approx(report.noise_norm / report.grad_norm)
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
+def test_report_counts_the_entries_of_sparse_gradients_once():
+    p = torch.nn.Parameter(torch.zeros(4, 1))
+    p.grad = torch.sparse_coo_tensor(torch.tensor([[1, 1, 3]]), torch.ones(3, 1), (4, 1))
+    noise = GradientNoise(0.01, record=True)
+    noise.update_([p])
+    report = noise.report()
+    assert report is not None
+    assert report.grad_norm == pytest.approx(5**0.5)
+
+
 def test_report_without_recording_is_refused():
     with pytest.raises(RuntimeError, match="record=True"):
         GradientNoise().report()
