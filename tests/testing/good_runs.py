@@ -135,7 +135,7 @@ class GoodField(Field):
         return -self.rate * x
 
     def __repr__(self):
-        return f"GoodField(rate={self.rate})"
+        return f"{type(self).__name__}(rate={self.rate})"
 
 
 def midpoint(field, steps):

@@ -99,8 +99,11 @@ class Case:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}.")
-        if not callable(self.build):
-            raise TypeError(f"build must be callable, got {self.build!r}. Use build=lambda: {self.build!r}.")
+        if not callable(self.build) or isinstance(self.build, nn.Module):
+            raise TypeError(
+                f"build must be a class or function that makes the component, got {self.build!r}. "
+                "Pass lambda: ..., or give the instance to check_component itself."
+            )
         unknown = set(self.invariances) - {"permutation", "scale", "non_conflict", "row_space"}
         if unknown:
             raise ValueError(

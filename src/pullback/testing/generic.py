@@ -38,7 +38,7 @@ def docstring(case: Case) -> None:
     if not inspect.isclass(type(component)) or type(component).__module__.startswith("torch."):
         raise NotApplicable("a class of torch")
     text = type(component).__dict__.get("__doc__") or ""
-    if len(text.split()) < 3:
+    if len(text.split()) < 2:
         raise BrokenContract(
             f"{type(component).__name__}.__doc__ is {text!r}.",
             fix="Write what it does; a string after another statement is no docstring.",

@@ -76,9 +76,10 @@ def double_backward(case: Case) -> None:
 def _second(grads: list[Tensor], cotangent: Tensor) -> Tensor:
     if not grads:
         return torch.zeros_like(cotangent)
-    total = torch.stack([(g * g).sum() for g in grads]).sum()
-    (found,) = torch.autograd.grad(total, cotangent)
-    return found
+    cotangent.grad = None
+    torch.autograd.backward(torch.stack([(g * g).sum() for g in grads]).sum(), retain_graph=True)
+    found, cotangent.grad = cotangent.grad, None
+    return torch.zeros_like(cotangent) if found is None else found
 
 
 @check("signal", refusable="declared")

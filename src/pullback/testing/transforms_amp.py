@@ -34,7 +34,7 @@ def closures(case: Case) -> None:
 
 
 def _fused(params: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(params, lr=0.01, fused=True)
+    return torch.optim.SGD(params, lr=0.05, momentum=0.9, fused=True)  # unlike Adam it feels a wrong scale
 
 
 def _scaled(case: Case, make: Callable[[Any], torch.optim.Optimizer], *, unscale: bool) -> Loop:
@@ -54,9 +54,9 @@ def _scaled(case: Case, make: Callable[[Any], torch.optim.Optimizer], *, unscale
 @check("transform")
 def scaler_unfused(case: Case) -> None:
     """Under GradScaler an unfused optimizer gives what it gives without."""
-    wanted = Loop(case, OPTIMIZERS["AdamW"]).train(range(4)).values()
+    wanted = Loop(case, OPTIMIZERS["SGD"]).train(range(4)).values()
     for unscale in (False, True):
-        got = _scaled(case, OPTIMIZERS["AdamW"], unscale=unscale).values()
+        got = _scaled(case, OPTIMIZERS["SGD"], unscale=unscale).values()
         expect_same(got, wanted, f"GradScaler (unscale_ called: {unscale}) changes the result")
 
 
@@ -77,7 +77,7 @@ def scaler_fused(case: Case) -> None:
 @check("transform")
 def scaler_overflow(case: Case) -> None:
     """A step that GradScaler leaves out because of Inf advances nothing, unfused or fused."""
-    for name, make in (("unfused", OPTIMIZERS["AdamW"]), ("fused", _fused)):
+    for name, make in (("unfused", OPTIMIZERS["SGD"]), ("fused", _fused)):
         loop = Loop(case, make).train(range(2))
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
         before, state = loop.values(), clone(loop.component.state_dict())
