@@ -6,6 +6,10 @@ from pullback.core.attachment import attach as attach
 from pullback.core.checks import NonFiniteError as NonFiniteError
 from pullback.core.citation import cite as cite
 from pullback.core.clip import ClipGradNorm as ClipGradNorm
+from pullback.methods.dann import DomainAdversarialLoss as DomainAdversarialLoss
+from pullback.methods.dann import GradientReversal as GradientReversal
+from pullback.methods.dann import ShallowDANN as ShallowDANN
+from pullback.methods.dann import proxy_a_distance as proxy_a_distance
 from pullback.methods.gradient_noise import GradientNoise as GradientNoise
 from pullback.methods.gradient_noise import add_gradient_noise_ as add_gradient_noise_
 
@@ -14,10 +18,14 @@ __version__: str
 __all__ = [
     "Attachment",
     "ClipGradNorm",
+    "DomainAdversarialLoss",
     "GradientNoise",
+    "GradientReversal",
     "NonFiniteError",
+    "ShallowDANN",
     "add_gradient_noise_",
     "attach",
     "cite",
+    "proxy_a_distance",
     "schedules",
 ]
