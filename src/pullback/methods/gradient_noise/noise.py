@@ -130,11 +130,11 @@ class GradientNoise(Transform):
 
     def pre_step_(self, batch: StepBatch) -> None:
         """Add this step's noise to ``batch.grads``, in place."""
-        by_group = {id(group): self.std(batch.step, group) for group in batch.groups}
-        stds = [
-            0.0 if self._excluded(name) else by_group[id(group)]
-            for name, group in zip(batch.names, batch.groups, strict=True)
-        ]
+        distinct = {id(group): group for group in batch.groups}
+        by_group = {key: self.std(batch.step, group) for key, group in distinct.items()}
+        stds = [by_group[id(group)] for group in batch.groups]
+        if self.exclude:
+            stds = [0.0 if self._excluded(name) else std for name, std in zip(batch.names, stds, strict=True)]
         found = buckets(batch.grads, stds, batch.names, batch.indices)
         before = _norm(batch.grads) if self.record else None
         squares: list[Tensor] = []
@@ -151,7 +151,7 @@ class GradientNoise(Transform):
     def _excluded(self, name: str) -> bool:
         if callable(self.exclude):
             return bool(self.exclude(name))
-        if self.exclude and _POSITIONAL.fullmatch(name):
+        if _POSITIONAL.fullmatch(name):
             raise ValueError(
                 f"exclude={list(self.exclude)!r} needs parameter names, got the positional name {name!r}. "
                 "Build the optimizer from model.named_parameters()."
