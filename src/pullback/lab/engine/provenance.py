@@ -34,8 +34,17 @@ def provenance(workers: int, seconds: float, ran: int) -> dict[str, Any]:
         "wall_seconds": round(seconds, 3),
         "cells_run": ran,
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]) if sys.argv else "",
+        "command": command(),
     }
+
+
+def command() -> str:
+    """The command that runs now, files by name only: evidence is committed and must carry no private path."""
+    if not sys.argv:
+        return ""
+    program = Path(sys.argv[0]).name
+    words = [Path(word).name if os.path.isabs(word) else word for word in sys.argv[1:]]
+    return shlex.join(["pullback" if program == "__main__.py" else program, *words])
 
 
 def _version(name: str) -> str | None:
