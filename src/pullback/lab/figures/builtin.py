@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from pullback.lab.figures.style import (
@@ -18,7 +19,6 @@ from pullback.lab.figures.style import (
     WIDE,
     arm_colours,
     arm_markers,
-    panels,
     style,
 )
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
     from pullback.lab.result import ArmResult, Comparison, TrialResult
 
@@ -38,6 +37,37 @@ def short(name: str, limit: int = _NAME) -> str:
     """``name`` on one line and at most ``limit`` characters, for tick labels."""
     line = " ".join("".join(c if c.isprintable() else " " for c in str(name)).split())
     return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def _placed(
+    heights: Sequence[float],
+    *,
+    width: float,
+    left: float,
+    columns: int = 1,
+    foot: float = 0.5,
+    head: float = 0.12,
+) -> tuple[Figure, list[Axes]]:
+    """Axes at fixed places, in inches: far faster than measuring every text, and enough for one-line labels.
+
+    ``heights`` are those of the plotting areas, row by row; ``left``, ``foot`` and ``head`` the room around each.
+    """
+    across = width / columns
+    total = sum(heights[::columns]) + (foot + head) * len(heights[::columns])
+    with style():
+        figure, axes, top = Figure(figsize=(width, total)), [], total
+        for index, height in enumerate(heights):
+            if index % columns == 0:
+                top -= head + height + (foot if index else 0.0)
+            x = across * (index % columns) + left
+            box = (x / width, top / total, (across - left - 0.14) / width, height / total)
+            axes.append(figure.add_axes(box))
+    return figure, axes
+
+
+def _beside(labels: Sequence[str], size: float = 8.5) -> float:
+    """Inches that row labels of this length need at the left."""
+    return 0.12 + 0.0085 * size * max(len(line) for label in labels for line in label.split("\n"))
 
 
 def metric_of(result: TrialResult, name: str | None = None) -> Mapping[str, Any]:
@@ -81,22 +111,25 @@ def paired_seeds(result: TrialResult, metric: str | None = None, *, width: float
     names = [arm.name for arm in shown]
     colours, marks = arm_colours(result.arms), arm_markers(result.arms)
     failed = {(c.arm, c.seed) for c in result.cells if c.status != "done"}
-    figure, (ax,) = panels(1, width=width, height=0.42 * len(names) + 0.95)
+    labels = [short(name, _NAME if width >= WIDE else 13) for name in names]
+    figure, (ax,) = _placed([0.42 * len(names)], width=width, left=_beside(labels), head=0.3)
     with style():
-        for seed in sorted({seed for name in names for seed in scores[name]}):
-            line = [(scores[n][seed], row) for row, n in enumerate(names) if seed in scores[n]]
+        seeds = sorted({seed for name in names for seed in scores[name]})
+        off = dict(zip(seeds, np.linspace(-0.16, 0.16, len(seeds)) if len(seeds) > 1 else [0.0], strict=True))
+        for seed in seeds:
+            line = [(scores[n][seed], row + off[seed]) for row, n in enumerate(names) if seed in scores[n]]
             ax.plot(*zip(*line, strict=True), color=MUTED, linewidth=0.6, alpha=0.3, zorder=1)
         for row, name in enumerate(names):
-            good = [value for seed, value in scores[name].items() if (name, seed) not in failed]
-            bad = [value for seed, value in scores[name].items() if (name, seed) in failed]
+            good = [(v, row + off[seed]) for seed, v in scores[name].items() if (name, seed) not in failed]
+            bad = [(v, row + off[seed]) for seed, v in scores[name].items() if (name, seed) in failed]
             mean = float(np.mean(list(scores[name].values())))
-            ax.plot([mean, mean], [row - 0.3, row + 0.3], color=colours[name], linewidth=3, zorder=2)
-            ax.scatter(good, [row] * len(good), s=_MARK_AREA, color=colours[name], marker=marks[name],
+            ax.plot([mean, mean], [row - 0.28, row + 0.28], color=colours[name], linewidth=3, zorder=2)
+            ax.scatter(*np.reshape(good, (-1, 2)).T, s=_MARK_AREA, color=colours[name], marker=marks[name],
                        alpha=0.8, linewidths=0, zorder=3)  # fmt: skip
-            ax.scatter(bad, [row] * len(bad), s=_MARK_AREA, color=colours[name], marker="x", zorder=3)
+            ax.scatter(*np.reshape(bad, (-1, 2)).T, s=_MARK_AREA, color=colours[name], marker="x", zorder=3)
         if metric in (None, result.declaration["primary"]["name"]):
             _paper_marks(ax, result, shown)
-        ax.set_yticks(range(len(names)), [short(name) for name in names])
+        ax.set_yticks(range(len(names)), labels)
         ax.set(ylim=(len(names) - 0.4, -0.6), xlabel=_label(what))
         ax.tick_params(axis="y", length=0)
         ax.spines["left"].set_visible(False)
@@ -112,7 +145,7 @@ def _paper_marks(ax: Axes, result: TrialResult, arms: Sequence[ArmResult]) -> No
     for row, arm in enumerate(arms):
         value = paper.get(arm.role) if arm.role in ("baseline", "method", "ceiling") else None
         if isinstance(value, int | float) and math.isfinite(value):
-            ax.scatter([value], [row + 0.26], marker="^", s=34, facecolors="none", edgecolors=PAPER,
+            ax.scatter([value], [row + 0.38], marker="^", s=34, facecolors="none", edgecolors=PAPER,
                        linewidths=1.2, zorder=4, label=None if found else "printed in the paper")  # fmt: skip
             found = True
     if found:
@@ -138,7 +171,10 @@ def curves(
     if not wanted:
         return None
     colours = arm_colours(result.arms)
-    figure, (ax,) = panels(1, width=width, height=min(2.9, 0.72 * width))
+    columns = min(len(wanted), 4 if width >= WIDE else 2)
+    figure, (ax,) = _placed(
+        [min(2.4, 0.6 * width)], width=width, left=0.72, head=0.1 + 0.2 * -(-len(wanted) // columns)
+    )
     with style():
         for name in wanted:
             lines = [
@@ -152,7 +188,6 @@ def curves(
         ax.grid(axis="y")
         ax.xaxis.set_major_locator(MaxNLocator(6 if width >= WIDE else 4, integer=True))
         _percent(ax, result.declaration["metrics"].get(y, {}).get("unit", ""))
-        columns = min(len(wanted), 4 if width >= WIDE else 2)
         ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0.1, handlelength=1.4)
     return figure
 
@@ -183,26 +218,31 @@ def forest(result: TrialResult, *, width: float = WIDE) -> Figure | None:
             groups.setdefault(comparison.metric, []).append(comparison)
     if not groups:
         return None
-    rows = [len(group) for group in groups.values()]
-    figure, axes = panels(len(groups), columns=1, width=width, height=0.38 * sum(rows) + 0.8 * len(rows))
-    limit = 20 if width >= WIDE else 11
+    limit = 22 if width >= WIDE else 13
+    ticks = {
+        name: [f"{short(c.arm, limit)}\nvs {short(c.than, limit)}" for c in g] for name, g in groups.items()
+    }
+    left = _beside([tick for some in ticks.values() for tick in some], 8)
+    figure, axes = _placed([0.4 * len(group) for group in groups.values()], width=width, left=left)
     with style():
         for ax, (name, group) in zip(axes, groups.items(), strict=True):
             what = metric_of(result, name)
             ax.axvline(0, color=MUTED, linewidth=0.9)
             for row, c in enumerate(group):
                 _interval(ax, row, c)
-            ticks = [f"{short(c.arm, limit)}\nover {short(c.than, limit)}" for c in group]
-            ax.set_yticks(range(len(group)), ticks, fontsize=8)
+            ax.set_yticks(range(len(group)), ticks[name], fontsize=8)
             ax.set_ylim(len(group) - 0.4, -0.6)
-            ax.set_xlabel(f"paired difference in {_label(what)}, right is better")
+            points = " points" if what.get("unit") == "fraction" else ""
+            told = f"difference in {_label(what)},{points}" if points else f"difference in {_label(what)}"
+            ax.set_xlabel(f"paired {told}; right is better" if width >= WIDE else short(told, 42))
             ax.tick_params(axis="y", length=0)
             ax.spines["left"].set_visible(False)
             ax.grid(axis="x")
             ax.xaxis.set_major_locator(MaxNLocator(6 if width >= WIDE else 4))
             if what.get("unit") == "fraction":
-                ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:+g}"))
-                ax.set_xlabel(f"paired difference in {_label(what)}, points; right is better")
+                ax.xaxis.set_major_formatter(
+                    FuncFormatter(lambda value, _: f"{100 * value:+g}" if value else "0")
+                )
     return figure
 
 
@@ -229,15 +269,21 @@ def tuning_scatter(result: TrialResult, *, width: float = WIDE) -> Figure | None
     Returns:
         The figure, or None when nothing was tuned.
     """
-    pairs = [(arm, name) for arm in result.arms for name in _tuned(arm)]
-    if not pairs:
+    tuned = [(arm, _tuned(arm)) for arm in result.arms]
+    most = max((len(names) for _, names in tuned), default=0)
+    if not most:
         return None
+    columns = min(most, 3 if width >= WIDE else 2)
+    pairs = [
+        (arm, name) for arm, names in tuned for name in [*names, *[""] * (-len(names) % columns)]
+    ]  # every arm starts a row
     colours = arm_colours(result.arms)
-    columns = 3 if width >= WIDE else 1
-    rows = -(-len(pairs) // columns)
-    figure, axes = panels(len(pairs), columns=columns, width=width, height=1.75 * rows)
+    figure, axes = _placed([1.15] * len(pairs), width=width, left=0.55, columns=columns, head=0.26, foot=0.48)
     with style():
         for ax, (arm, name) in zip(axes, pairs, strict=True):
+            if not name:
+                ax.remove()
+                continue
             points = [(p["hp"][name], float(p["score"])) for p in arm.tuning if name in p["hp"]]
             points = [(x, y) for x, y in points if math.isfinite(y)]
             numeric = all(isinstance(x, int | float) and not isinstance(x, bool) for x, _ in points)
@@ -249,6 +295,9 @@ def tuning_scatter(result: TrialResult, *, width: float = WIDE) -> Figure | None
             if numeric and _spread(xs):
                 ax.set_xscale("log")
                 ax.minorticks_off()
+                ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            elif numeric:
+                ax.xaxis.set_major_locator(MaxNLocator(3))
             edge = " (at the edge)" if name in arm.at_edge else ""
             ax.set_title(f"{short(arm.name, 18)}{edge}", color=PAPER if edge else INK)
             ax.set_xlabel(short(name))
@@ -280,7 +329,8 @@ def overview(rows: Sequence[tuple[str, Comparison]], *, width: float = WIDE) -> 
     drawn = [(name, c) for name, c in rows if _standardised(c) is not None]
     if not drawn:
         return None
-    figure, (ax,) = panels(1, width=width, height=0.3 * len(drawn) + 0.85)
+    labels = [short(name, 24 if width >= WIDE else 14) for name, _ in drawn]
+    figure, (ax,) = _placed([0.3 * len(drawn) + 0.1], width=width, left=_beside(labels))
     with style():
         ax.axvline(0, color=MUTED, linewidth=0.9)
         for row, (_, c) in enumerate(drawn):
@@ -291,7 +341,7 @@ def overview(rows: Sequence[tuple[str, Comparison]], *, width: float = WIDE) -> 
             ax.scatter(
                 [c.effect], [row], s=34, color=colour, marker="o" if c.word == "supported" else "D", zorder=3
             )
-        ax.set_yticks(range(len(drawn)), [short(name, 24 if width >= WIDE else 14) for name, _ in drawn])
+        ax.set_yticks(range(len(drawn)), labels)
         ax.set_ylim(len(drawn) - 0.4, -0.6)
         ax.set_xlabel("effect in standard deviations of the paired difference, right is better")
         if width < WIDE:

@@ -85,6 +85,9 @@ def to_svg(figure: Figure, *, prefix: str, label: str) -> str:
     with style(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"Glyph \d+")  # shown in the page's own font
         warnings.filterwarnings("ignore", message=r"Matplotlib currently does not support")
+        if figure.get_layout_engine() is not None:  # lay out once; saving alone would do it several times
+            figure.draw_without_rendering()
+            figure.set_layout_engine("none")
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     try:
         root = ET.fromstring(_xml_safe(buffer.getvalue()))
@@ -108,6 +111,8 @@ def _xml_safe(text: str) -> str:
 
 def _clean(element: ET.Element, prefix: str) -> ET.Element | None:
     namespace, _, name = str(element.tag).rpartition("}")
+    if namespace == "{" + _SVG and name == "a":
+        name, element.attrib = "g", {}  # a link's content stays, the link does not
     if namespace != "{" + _SVG or name not in _ELEMENTS:
         return None
     out = ET.Element(name)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from pullback.lab.report.model import Row, Section, Table, index_rows
-from pullback.lab.report.text import DASH
+from pullback.lab.report.index import Row, index_rows
+from pullback.lab.report.model import Section, Table
 from pullback.lab.report.text import markdown as plain
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def _rows(rows: Sequence[Row], *, adjusted: bool) -> str:
         cells = [
             f"{name}: {plain(r.subtitle, 200)}",
             plain(r.capability),
-            f"{r.mark} {r.word}",
+            f"{r.mark} {r.word} {plain(r.note)}".strip(),
             ours,
             plain(r.paper),
         ]
@@ -125,7 +125,8 @@ def methods_table(results: Mapping[str | None, Sequence[TrialResult]]) -> str:
     lines = [head, "| --- | --- | --- | --- | --- | --- |"]
     for r in rows:
         ours = f"{plain(r.ours)} {plain(r.ours_interval)}".strip()
-        word = f"{r.mark} {r.adjusted if r.adjusted != DASH else r.word}"
+        word = f"{r.adjusted_mark} {r.adjusted}" if r.adjusted_mark else f"{r.mark} {r.word}"
+        word += f", {plain(r.note)}" if r.note else ""
         cells = [f"`{r.key}`", plain(r.capability), plain(r.subtitle, 200), word, ours, plain(r.paper)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

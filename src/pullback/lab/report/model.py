@@ -1,8 +1,7 @@
-"""What the pages show, as plain text: one `Section` per trial, one `Row` per line of the index."""
+"""What the pages show, as plain text: one `Section` per trial."""
 
 from __future__ import annotations
 
-import importlib
 import math
 import shlex
 from collections.abc import Mapping, Sequence
@@ -110,11 +109,11 @@ def section(result: TrialResult) -> Section:
         claim=claim_text(told.get("claim"), result),
         refuted_if=clean_block(told.get("refuted_if") or ""),
         paper=_paper_table(result) if paper else None,
-        paper_note=" ".join(clean_block(paper[k], 600) for k in ("where", "setting", "note") if paper.get(k)),
+        paper_note=_sentences(paper.get("where"), paper.get("setting"), paper.get("note")),
         seeds=_seed_table(result),
         failures=tuple(_failures(result.cells)),
         settings=_settings_table(result.arms),
-        tuning_note=_tuning_note(result.arms),
+        tuning_note=_sentences(_tuning_note(result.arms), told.get("note")),
         comparisons=_comparison_table(result),
         texts=tuple((title, text) for title, text in texts if text),
         provenance=tuple(_provenance(result)),
@@ -122,11 +121,16 @@ def section(result: TrialResult) -> Section:
     )
 
 
+def _sentences(*texts: object) -> str:
+    shown = [clean_block(text, 600).strip() for text in texts if text]
+    return " ".join(text if text.endswith((".", "!", "?", ")")) else f"{text}." for text in shown if text)
+
+
 def headline(result: TrialResult) -> str:
-    """The main difference with its interval and the number of seeds, or an empty text."""
+    """The main difference with its interval and the number of seeds, where the verdict's sentence lacks it."""
     c = main_comparison(result)
-    if c is None or not math.isfinite(c.difference):
-        return ""
+    if c is None or not math.isfinite(c.difference) or "interval" in result.verdict.sentence:
+        return ""  # the sentence says it already
     unit = unit_of(result, c.metric)
     return (
         f"{difference(c.difference, unit)}, 95 % interval {interval(c.low, c.high, unit)}, {c.n} paired seeds"
@@ -179,16 +183,17 @@ def _paper_table(result: TrialResult) -> Table:
         if role in by_role:
             name = by_role[role]
             rows.append((clean(name), number(paper.get(role), unit), number(means.get(name), unit)))
-    gain = _gain(paper, result)
-    if gain is not None:
+    printed = gain(paper, result)
+    if printed is not None:
         ours = means.get(by_role.get("method", ""), math.nan) - means.get(
             by_role.get("baseline", ""), math.nan
         )
-        rows.append(("method minus baseline", difference(gain, unit), difference(ours, unit)))
+        rows.append(("gain", difference(printed, unit), difference(ours, unit)))
     return Table(("arm", "paper", "here"), tuple(rows), "The paper's numbers beside ours", frozenset({1, 2}))
 
 
-def _gain(paper: Mapping[str, Any], result: TrialResult) -> float | None:
+def gain(paper: Mapping[str, Any], result: TrialResult) -> float | None:
+    """What the paper's method gained over its baseline, where it printed both and there are arms to compare."""
     low, high = paper.get("baseline"), paper.get("method")
     known = isinstance(low, int | float) and isinstance(high, int | float)
     return float(high) - float(low) if known and len(result.arms) > 1 else None
@@ -205,13 +210,17 @@ def _seed_table(result: TrialResult) -> Table:
         for seed in seeds:
             state = status.get((arm.name, seed))
             value = bare_number(scores[arm.name].get(seed), unit)
-            cells.append(DASH if state is None else value if state == "done" else f"{value} ({state})")
+            cells.append(
+                DASH if state is None else value if state == "done" else f"{value} {MARKS['refuted']}"
+            )
         mean = bare_number(_arm_means(result).get(arm.name), unit)
         rows.append((clean(arm.name), _ROLES.get(arm.role, clean(arm.role, 20)), mean, *cells))
     primary = clean((result.declaration.get("primary") or {}).get("name", "score")).replace("_", " ")
     suffix = " in per cent" if unit == "fraction" else f" in {clean(unit, 20)}" if unit else ""
     head = ("arm", "role", "mean", *(f"seed {seed}" for seed in seeds))
-    return Table(head, tuple(rows), f"{primary}{suffix}, every seed", frozenset(range(2, len(head))))
+    failed = any(state != "done" for state in status.values())
+    note = f"; {MARKS['refuted']} marks a run that did not finish" if failed else ""
+    return Table(head, tuple(rows), f"{primary}{suffix}{note}", frozenset(range(2, len(head))))
 
 
 def _failures(cells: Sequence[CellResult]) -> list[tuple[str, str]]:
@@ -303,121 +312,3 @@ def _flat(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(_flat(v) for v in value)
     return scalar(value)
-
-
-# --- the index -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the index: a room or a user's trial."""
-
-    key: str
-    title: str
-    subtitle: str
-    capability: str
-    claim: str
-    word: str
-    mark: str
-    ours: str
-    ours_interval: str
-    seeds: str
-    paper: str
-    adjusted: str
-    page: str
-    smoke: bool
-    comparison: Comparison | None = None
-
-
-def index_rows(results: Mapping[str | None, Sequence[TrialResult]], pages: Mapping[str, str]) -> list[Row]:
-    """One row per room: those with evidence first, then those that the library has and nobody ran yet.
-
-    Args:
-        results: trials by room; those under None are left out.
-        pages: page of every room that has one.
-
-    Returns:
-        Rows in alphabetical order within each group.
-    """
-    facts = _facts()
-    mains = {room: trials[0] for room, trials in results.items() if room is not None and trials}
-    adjusted = holm_words(mains)
-    rows = [_row(room, mains[room], facts.get(room), pages[room], adjusted[room]) for room in sorted(mains)]
-    for room in sorted(set(facts) - set(mains)):
-        fact = facts[room]
-        rows.append(
-            Row(
-                key=room, title=room, subtitle=clean(fact.summary, 120), capability=clean(fact.capability, 30),
-                claim=clean_block(fact.claim, 300), word="not run yet", mark=MARKS["not run yet"], ours=DASH,
-                ours_interval="", seeds="", paper=DASH, adjusted=DASH, page="", smoke=False,
-            )
-        )  # fmt: skip
-    return rows
-
-
-def trial_rows(trials: Sequence[TrialResult], pages: Sequence[str]) -> list[Row]:
-    """One row per trial of the user's own, in the given order.
-
-    Args:
-        trials: results without a room.
-        pages: the page of each.
-
-    Returns:
-        The rows.
-    """
-    return [_row(trial.name, trial, None, page, DASH) for trial, page in zip(trials, pages, strict=True)]
-
-
-def _row(key: str, result: TrialResult, fact: Any, page: str, adjusted: str) -> Row:
-    c, unit = main_comparison(result), unit_of(result)
-    paper = result.declaration.get("paper") or {}
-    gain = _gain(paper, result)
-    shown = (
-        f"{number(paper.get('baseline'), unit)} → {number(paper.get('method'), unit)}"
-        if gain is not None
-        else DASH
-    )
-    finite = c is not None and math.isfinite(c.difference)
-    return Row(
-        key=clean(key), title=clean(key), subtitle=clean(fact.summary if fact else result.title, 160),
-        capability=clean(fact.capability, 30) if fact else "", claim=claim_text(result.declaration.get("claim"), result),
-        word=result.verdict.word, mark=MARKS.get(result.verdict.word, DASH),
-        ours=difference(c.difference, unit_of(result, c.metric)) if c is not None and finite else DASH,
-        ours_interval=interval(c.low, c.high, unit_of(result, c.metric)) if c is not None and finite else "",
-        seeds=f"{c.n} seeds" if c is not None else "", paper=shown, adjusted=adjusted, page=page,
-        smoke=result.size != "full", comparison=c,
-    )  # fmt: skip
-
-
-def holm_words(mains: Mapping[str, TrialResult]) -> dict[str, str]:
-    """Verdict of every room after Holm's correction over all tested rooms.
-
-    A room stays 'supported' only if its p value survives the correction; other words cannot become stronger.
-
-    Args:
-        mains: main trial by room.
-
-    Returns:
-        Word by room.
-    """
-    tested = {
-        room: c
-        for room, r in mains.items()
-        if (c := main_comparison(r)) is not None and c.word != "not tested"
-    }
-    usable = [room for room, c in tested.items() if math.isfinite(c.p)]
-    words = {room: r.verdict.word for room, r in mains.items()}
-    if not usable:
-        return {room: str(word) for room, word in words.items()}
-    adjust = importlib.import_module("pullback.lab.statistics").holm
-    adjusted = dict(zip(usable, adjust([tested[room].p for room in usable]), strict=True))
-    return {
-        room: "inconclusive"
-        if word == "supported" and not float(adjusted.get(room, 1.0)) < 0.05
-        else str(word)
-        for room, word in words.items()
-    }
-
-
-def _facts() -> Mapping[str, Any]:
-    return importlib.import_module("pullback.core.facts").rooms()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -21,7 +21,8 @@ from markupsafe import Markup
 import pullback
 from pullback.lab.declare import Figure
 from pullback.lab.report import markdown
-from pullback.lab.report.model import Row, Section, index_rows, section, trial_rows
+from pullback.lab.report.index import Row, index_rows, trial_rows
+from pullback.lab.report.model import MARKS, Section, section
 from pullback.lab.report.pictures import (
     Picture,
     declared_figures,
@@ -30,8 +31,12 @@ from pullback.lab.report.pictures import (
     overview_picture,
     tuning_picture,
 )
+from pullback.lab.report.reuse import page_key, reusable, sealed
 from pullback.lab.report.text import clean, clean_block, file_stem
 from pullback.lab.result import TrialResult
+
+Given: TypeAlias = Mapping[tuple[str | None, str], Sequence[Figure]]
+"""Figures by room and trial name."""
 
 _NO_SCRIPT = (
     "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
@@ -52,7 +57,7 @@ def write_report(
     results: Mapping[str | None, Sequence[TrialResult]],
     folder: str | Path,
     *,
-    figures: Mapping[tuple[str | None, str], Sequence[Figure]] | None = None,
+    figures: Given | None = None,
 ) -> Path:
     """Write the pages of ``results``: readable from the file system, without a server, a network or JavaScript.
 
@@ -67,16 +72,16 @@ def write_report(
     Raises:
         OSError: if the folder cannot be written; pages already there stay whole.
     """
-    target = Path(folder)
+    target = _made(Path(folder))
     given = figures or {}
     rooms = {room: list(trials) for room, trials in results.items() if room is not None and trials}
     own = list(results.get(None, ()))
     stems = _stems([str(room) for room in rooms], [trial.name for trial in own])
     pages: dict[str, str] = {}
     for (trials, page), stem in zip(_all_pages(rooms, own), stems, strict=True):
-        sections = [_drawn(trial, given, f"s{index}") for index, trial in enumerate(trials)]
-        pages[f"{stem}.html"] = _render("study.html.j2", page=page, sections=sections, twin=f"{stem}.md")
+        sections = [section(trial) for trial in trials]
         pages[f"{stem}.md"] = markdown.study_page(page.title, page.summary, page.source, sections)
+        pages[f"{stem}.html"] = _study_page(target / f"{stem}.html", page, trials, sections, given)
     names = dict(zip(rooms, (f"{stem}.html" for stem in stems), strict=False))
     rows = index_rows(results, names)
     trials = trial_rows(own, [f"{stem}.html" for stem in stems[len(rooms) :]])
@@ -122,12 +127,22 @@ def _room_page(room: str, fact: Any) -> Page:
     )
 
 
-def _drawn(
-    result: TrialResult, given: Mapping[tuple[str | None, str], Sequence[Figure]], prefix: str
-) -> Drawn:
+def _study_page(
+    path: Path, page: Page, trials: Sequence[TrialResult], sections: Sequence[Section], given: Given
+) -> str:
+    """The page of a room or trial, as it was when nothing that decides it has changed: drawing takes seconds."""
+    key = "" if any((t.room, t.name) in given for t in trials) else page_key(trials, page)
+    kept = reusable(path, key) if key else None
+    if kept is not None:
+        return kept
+    drawn = [_drawn(t, s, given, f"s{i}") for i, (t, s) in enumerate(zip(trials, sections, strict=True))]
+    return sealed(_render("study.html.j2", page=page, sections=drawn, twin=path.with_suffix(".md").name), key)
+
+
+def _drawn(result: TrialResult, told: Section, given: Given, prefix: str) -> Drawn:
     figures = given.get((result.room, result.name)) or declared_figures(result)
     return Drawn(
-        **vars(section(result)),
+        **vars(told),
         drawings=draw_all(result, figures, prefix),
         forest=forest_picture(result, prefix),
         tuning=tuning_picture(result, prefix),
@@ -146,7 +161,8 @@ class Drawn(Section):
 def _index(rows: Sequence[Row], trials: Sequence[Row], picture: Picture | None) -> str:
     script = _asset("index.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    counts = {word: sum(row.word == word for row in rows) for word in dict.fromkeys(row.word for row in rows)}
+    words = [row.word if row.adjusted not in MARKS else row.adjusted for row in rows]
+    counts = {word: words.count(word) for word in MARKS if word in words}
     return _render(
         "index.html.j2",
         csp=f"{_NO_SCRIPT}; script-src 'sha256-{digest}'",
@@ -155,7 +171,7 @@ def _index(rows: Sequence[Row], trials: Sequence[Row], picture: Picture | None) 
         trials=trials,
         tally=", ".join(f"{count} {word}" for word, count in counts.items()) + "." if counts else "",
         capabilities=sorted({row.capability for row in rows if row.capability}),
-        verdicts=list(counts),
+        verdicts=[word for word in MARKS if any(row.word == word for row in rows)],
         picture_of_all=picture,
         twin="index.md",
     )
@@ -191,16 +207,27 @@ def _render(template: str, **values: Any) -> str:
     return _environment().get_template(template).render(**{**shared, **values})
 
 
-def _write(folder: Path, pages: Mapping[str, str]) -> None:
+def _made(folder: Path) -> Path:
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    return folder
+
+
+def _write(folder: Path, pages: Mapping[str, str]) -> None:
+    try:
         for name, text in pages.items():
             _replace(folder / name, text)
     except OSError as error:
-        why = error.strerror or str(error)
-        raise OSError(
-            error.errno, f"cannot write the report to {folder}: {why}. Choose another folder with --out."
-        ) from error
+        raise _unwritable(folder, error) from error
+
+
+def _unwritable(folder: Path, error: OSError) -> OSError:
+    why = error.strerror or str(error)
+    return OSError(
+        error.errno, f"cannot write the report to {folder}: {why}. Choose another folder with --out."
+    )
 
 
 def _replace(path: Path, text: str) -> None:

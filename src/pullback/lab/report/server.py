@@ -153,7 +153,7 @@ class _Handler(socketserver.BaseRequestHandler):
                 head = _read_head(self.request)
             finally:
                 counted = self.server.heard(self.request)
-            if not counted or not head:
+            if not counted or head is None:
                 return
             self._send(answer(self.server, head))
         except _Refused as refused:
@@ -175,8 +175,8 @@ class _Handler(socketserver.BaseRequestHandler):
         self.request.sendall(head if reply.head_only else head + reply.body)
 
 
-def _read_head(connection: socket.socket) -> bytes:
-    """Read up to the blank line within the time and size allowed; empty when the client said nothing."""
+def _read_head(connection: socket.socket) -> bytes | None:
+    """Read up to the blank line within the time and size allowed; None when the client left."""
     deadline = time.monotonic() + HEADER_SECONDS
     data = b""
     while b"\r\n\r\n" not in data:
@@ -189,7 +189,7 @@ def _read_head(connection: socket.socket) -> bytes:
         except TimeoutError as error:
             raise _Refused(HTTPStatus.REQUEST_TIMEOUT) from error
         if not piece:
-            return b""
+            return None
         data += piece
         if b"\r\n" not in data[: REQUEST_LINE + 2] and len(data) > REQUEST_LINE:
             raise _Refused(HTTPStatus.REQUEST_URI_TOO_LONG)
@@ -269,11 +269,14 @@ def _read_file(folder: Path, name: str) -> bytes:
         descriptor = os.open(path, flags)
     except OSError as error:
         raise _Refused(HTTPStatus.NOT_FOUND) from error
-    with os.fdopen(descriptor, "rb") as file:
-        info = os.fstat(file.fileno())
+    try:
+        info = os.fstat(descriptor)
         if not stat.S_ISREG(info.st_mode) or info.st_nlink != 1:
             raise _Refused(HTTPStatus.NOT_FOUND)
-        return file.read()
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(descriptor)
 
 
 def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
@@ -298,7 +301,7 @@ def serve(folder: str | Path, *, host: str = "127.0.0.1", port: int = 0, open_br
         ValueError: if ``host``, ``port`` or ``folder`` is not usable.
         OSError: if the address cannot be used.
     """
-    with ReportServer(folder, host=host, port=port) as server:
+    with ReportServer(folder, host=host, port=port) as server, contextlib.suppress(KeyboardInterrupt):
         if server.token:
             print(
                 f"Warning: {host} can be reached by other machines. Anyone who has the address below, with its "
@@ -308,5 +311,4 @@ def serve(folder: str | Path, *, host: str = "127.0.0.1", port: int = 0, open_br
         print(f"Serving {server.folder} at {server.url} (stop with Ctrl-C)", flush=True)
         if open_browser:
             webbrowser.open(server.url)
-        with contextlib.suppress(KeyboardInterrupt):  # the ordinary way to stop
-            server.serve_forever(poll_interval=0.2)
+        server.serve_forever(poll_interval=0.2)

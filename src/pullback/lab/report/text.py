@@ -19,7 +19,7 @@ _HIDDEN: Final = frozenset(
     {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
 )  # controls, bidi marks, surrogates, separators
 _MARKDOWN: Final = re.compile(r"([\\`*_{}\[\]<>|~$&^]|:(?=//)|(?<=www)\.)")
-_AT_START: Final = re.compile(r"^(\d{0,9})([#+=:.)-])")
+_AT_START: Final = re.compile(r"^(\d{1,9}(?=[.)]\s)|(?=[#+=:-]))([#+=:.)-])")
 _DEVICES: Final = frozenset(
     {"con", "prn", "aux", "nul", *(f"com{i}" for i in range(10)), *(f"lpt{i}" for i in range(10))}
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 
@@ -96,7 +97,8 @@ def synthetic(
         "comparisons": comparisons,
         "verdict": Verdict(word, said(
             "Target accuracy of dann is 36.00 percentage points higher than that of source only "
-            "(95 % interval 31.00 to 41.00 percentage points, 8 paired seeds, p = 0.0039, better in 8 of 8): dann is better by more than 5."
+            "(95 % interval 31.00 to 41.00 percentage points, 8 paired seeds, p = 0.0039, better in 8 of 8): "
+            "dann is better by more than 5."
         )),
         "provenance": {"packages": {"torch": "2.13.0", "numpy": "2.2.0"}, "python": "3.11.9", "cpu": said("synthetic"),
                        "command": said("pullback study dann")},
@@ -114,3 +116,44 @@ def several() -> dict[str | None, list[TrialResult]]:
         "weak_method": [synthetic("weak_method", means=same, p=0.03)],
         None: [synthetic(None, "my_rates", size="smoke", word="not tested")],
     }
+
+
+HOSTILE = (
+    "<img src=x onerror=alert(1)>",
+    "</script><script>alert(2)</script>",
+    "\"><svg onload=alert(3)>",
+    "javascript:alert(4)",
+    "\x1b[31mred\x1b[0m\x07",
+    "\u202egnp.exe\u2066\u200f",
+    "A" * 10_000,
+    "{{ 7 * 7 }}{% raw %}",
+    "$\\frac{1}{0}$ & <b>",
+    "| [x](http://evil.example/) ![y](http://evil.example/y.png)",
+    "../../etc/passwd",
+    "\x00\ud800\uffff漢字",
+)  # fmt: skip
+
+
+def hostile() -> dict[str | None, list[TrialResult]]:
+    """One trial per hostile text, which stands in every free field, in the arms' names and in the trial's name."""
+    own = [filled_with(text) for text in HOSTILE]
+    whole = synthetic("<b>room</b>", text=HOSTILE[1])  # tuning and its figure as well
+    return {"<b>room</b>": [whole], None: own}
+
+
+def light(room: str | None = "dann", name: str = "main", **changes: object) -> TrialResult:
+    """A trial that is drawn fast: one figure, one comparison, no tuning."""
+    result = synthetic(room, name, **changes)
+    figures = result.declaration["figures"][:1]
+    return replace(
+        result,
+        declaration={**result.declaration, "figures": figures},
+        comparisons=result.comparisons[:1],
+        arms=[replace(arm, tuning=[]) for arm in result.arms],
+    )
+
+
+def filled_with(text: str) -> TrialResult:
+    """A trial without tuning that says ``text`` wherever a stranger can say anything."""
+    result = synthetic(None, text, text=text, fail=("dann", 2))
+    return replace(result, arms=[replace(arm, tuning=[]) for arm in result.arms])
