@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import torch
 from faults import fault
 from faulty_modules import VmappedIdentity
@@ -18,6 +19,7 @@ from good_runs import (
     GoodRecompute,
     GoodSearch,
 )
+from sklearn.base import BaseEstimator, ClassifierMixin
 from torch.utils.checkpoint import checkpoint
 
 
@@ -252,6 +254,20 @@ class Grown(GoodLearner):
         return super().predict(x).double().requires_grad_()
 
 
+class Forgetful(ClassifierMixin, BaseEstimator):
+    """Answers without having been fitted, and takes anything."""
+
+    kind = "learner"
+
+    def fit(self, x, y):
+        self.centres_ = np.stack([np.asarray(x)[np.asarray(y) == k].mean(0) for k in (0, 1)])
+        return self
+
+    def predict(self, x):
+        gaps = ((np.asarray(x)[:, None] - self.centres_) ** 2).sum(-1)
+        return gaps.argmin(1)
+
+
 class Doubled(GoodField):
     """Answers in float64."""
 
@@ -301,6 +317,7 @@ FAULTS = (
     fault("predict_takes_no_labels", LEARNER, Peeking),
     fault("predict_is_pure", LEARNER, Wearing),
     fault("one_example", LEARNER, Relative),
+    fault("scikit_learn", LEARNER, Forgetful),
     fault("predictions_without_graph", LEARNER, Grown),
     fault("field_closed_form", FIELD, solution=SOLUTION[:1, None] * 0.5, order=None),
     fault("solver_order", FIELD, solve=euler, tolerance=0.01),

@@ -19,7 +19,7 @@ FAULTS = (
     *faulty_runs.FAULTS,
 )
 CHECKS = {check.id: check for kind in KINDS for check in checks_for(kind)}
-COSTLY = {"compiles", "optimizer_compiles", "two_processes"}
+COSTLY = {"compiles", "optimizer_compiles", "two_processes", "scikit_learn"}
 
 
 def _marks(planted):

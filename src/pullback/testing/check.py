@@ -33,7 +33,7 @@ class Check:
         says: the rule, in one line.
         refusable: ``"raises"``: a component that refuses this part must raise, and the check sees to it;
             ``"declared"``: the declaration with its reason is all there can be; ``"no"``: cannot be refused.
-        slow: starts processes; runs only when asked for.
+        slow: takes seconds or starts processes; runs only when asked for.
     """
 
     id: str

@@ -179,7 +179,7 @@ def check_component(
             parameters); or an instance, which is copied for every check.
         kind: one of `KINDS`; default: the component's own ``kind``.
         skip: check id -> reason, for checks that shall not run.
-        slow: also run the checks that start processes.
+        slow: also run the checks that take seconds or start processes.
         **about: further fields of `Case`, for example ``neutral=...`` or ``inputs=...``.
 
     Returns:

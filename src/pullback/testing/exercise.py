@@ -170,8 +170,15 @@ def toy(case: Case, seed: int = 0) -> tuple[Any, Any]:
     return noise + 3.0 * (2.0 * labels[:, None] - 1.0), labels
 
 
+def is_estimator(component: Any) -> bool:
+    """Whether a learner has scikit-learn's form: ``fit`` and ``predict`` instead of ``step``."""
+    return hasattr(component, "fit") and not hasattr(component, "step")
+
+
 def _learner(case: Case, component: Any, seed: int, inputs: tuple[Any, ...] | None) -> Any:
     x, y = toy(case, seed) if inputs is None else inputs
+    if is_estimator(component):
+        return component.fit(x, y).predict(x)
     losses = [dict(component.step((x, y))) for _ in range(2)]
     return losses, component.predict(x)
 

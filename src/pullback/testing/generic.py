@@ -21,6 +21,7 @@ from pullback.testing.exercise import (
     OWN_STATE,
     arguments_of,
     built,
+    is_estimator,
     state_of,
     takes_keywords,
     use,
@@ -303,7 +304,7 @@ def _bad(case: Case) -> Iterator[tuple[str, Callable[[], Any], tuple[str, ...]]]
         yield f"bad[{position}]", make, ("got",)
     component = built(case)
     cls, found = type(component), bool(case.bad)
-    keywords = takes_keywords(cls)
+    keywords = {} if is_estimator(component) else takes_keywords(cls)  # estimators check in fit
     given: dict[str, Any] = {}
     if case.kind == "optimizer":
         given["params"] = [nn.Parameter(torch.zeros(2))]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,19 +12,27 @@ import torch
 
 from pullback.testing.case import Case
 from pullback.testing.check import BrokenContract, NotApplicable, check
-from pullback.testing.exercise import built, toy
+from pullback.testing.exercise import built, is_estimator, toy
 from pullback.testing.tools import expect_same
 
 
+def _stepping(case: Case) -> Any:
+    """A fresh learner that has ``step``."""
+    component = built(case)
+    if is_estimator(component):
+        raise NotApplicable("a scikit-learn estimator: see scikit_learn")
+    return component
+
+
 def _trained(case: Case) -> tuple[Any, list[dict[str, float]]]:
-    component, batch = built(case), toy(case)
+    component, batch = _stepping(case), toy(case)
     return component, [dict(component.step(batch)) for _ in range(case.steps)]
 
 
 @check("learner", refusable="no")
 def losses_form(case: Case) -> None:
     """``step`` returns a mapping of names to finite floats."""
-    losses = built(case).step(toy(case))
+    losses = _stepping(case).step(toy(case))
     if not isinstance(losses, Mapping) or not losses:
         raise BrokenContract(f"step returned {type(losses).__name__}.", fix="Return {'loss': float}.")
     for name, value in losses.items():
@@ -46,8 +55,9 @@ def separates(case: Case) -> None:
     """``predict`` gets the stated share of the toy right after training."""
     if case.accuracy is None:
         raise NotApplicable("no classifier")
-    component, _ = _trained(case)
     x, y = toy(case)
+    component = built(case)
+    component = component.fit(x, y) if is_estimator(component) else _trained(case)[0]
     answer = torch.as_tensor(component.predict(x))
     labels = answer.argmax(1) if answer.dim() == 2 and answer.shape[1] > 1 else answer.reshape(-1)
     share = (labels == torch.as_tensor(y)).double().mean().item()
@@ -67,7 +77,7 @@ def predict_takes_no_labels(case: Case) -> None:
 @check("learner", refusable="no")
 def predict_is_pure(case: Case) -> None:
     """``predict`` changes nothing: not the next prediction, not what is learned afterwards."""
-    component, twin = built(case), built(case)
+    component, twin = _stepping(case), _stepping(case)
     batch = toy(case)
     component.step(batch)
     twin.step(batch)
@@ -91,9 +101,26 @@ def one_example(case: Case) -> None:
 @check("learner", refusable="no")
 def predictions_without_graph(case: Case) -> None:
     """Predictions carry no autograd graph."""
-    component = built(case)
+    component = _stepping(case)
     x, _ = toy(case)
     component.step(toy(case))
     answer = component.predict(x)
     if isinstance(answer, torch.Tensor) and answer.requires_grad:
         raise BrokenContract("The prediction requires a gradient.", fix="Predict under torch.no_grad().")
+
+
+@check("learner", slow=True)
+def scikit_learn(case: Case) -> None:
+    """A learner in scikit-learn's form passes scikit-learn's own ``check_estimator``."""
+    component = built(case)
+    if not is_estimator(component):
+        raise NotApplicable("no scikit-learn estimator")
+    from sklearn.utils.estimator_checks import check_estimator
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it provokes warnings on purpose
+        results = check_estimator(component, on_fail=None)
+    failed = [each for each in results if each["status"] == "failed"]
+    if failed:
+        names = ", ".join(each["check_name"] for each in failed)
+        raise BrokenContract(f"check_estimator fails in {names}: {failed[0]['exception']}")
