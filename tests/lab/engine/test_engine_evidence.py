@@ -1,6 +1,5 @@
 """Evidence: equal results give equal text, and damaged text is refused with the place named."""
 
-import copy
 import json
 import math
 from dataclasses import replace
@@ -169,10 +168,11 @@ def places(document, path=()):
 
 
 @settings(max_examples=60, deadline=None)
-@given(data=st.data(), junk=st.sampled_from([None, [], {}, "x", -1, 1e300, True]))
-def test_junk_anywhere_is_read_or_refused(result, data, junk):
+@given(index=st.integers(0, 2**20), junk=st.sampled_from([None, [], {}, "x", -1, 1e300, True]))
+def test_junk_anywhere_is_read_or_refused(result, index, junk):
     document = json.loads(to_json([replace(result, cells=result.cells[:2])]))
-    path = data.draw(st.sampled_from([p for p in places(copy.deepcopy(document)) if p]))
+    paths = [path for path in places(document) if path]
+    path = paths[index % len(paths)]
     place = document
     for key in path[:-1]:
         place = place[key]

@@ -62,6 +62,14 @@ def test_margin_is_subtracted_before_the_test():
     assert words == {0.5: "supported", 1.0: "inconclusive", 1.5: "refuted"}
 
 
+def test_p_is_of_the_difference_beyond_the_margin():
+    d = np.array([0.9, 1.1, 1.0, 1.2, 0.8, 1.05])
+    c = paired_comparison(Greater("a", than="b", by=0.95), scores(d), scores(np.zeros(6)), UP)
+    flips = np.array([np.mean((d - 0.95) * signs) for signs in itertools.product((1, -1), repeat=6)])
+    assert c.p == pytest.approx((flips >= np.mean(d - 0.95) - 1e-12).mean())
+    assert c.p > 0.1
+
+
 def test_only_shared_seeds_count():
     c = paired_comparison(CLAIM, {0: 1.0, 1: 2.0, 7: 9.0}, {0: 0.0, 1: 0.5, 3: 4.0}, UP)
     assert c.n == 2
@@ -210,6 +218,15 @@ def test_a_method_no_better_than_a_rival_reduces_to_it():
     assert (found.word, found.reduces_to) == ("supported", "rival2")
     assert "It reduces to rival2" in found.sentence
     assert [c.role for c in comparisons] == ["claim", "rival", "rival"]
+    both, _ = judged(
+        {
+            "base": 0.5 - NOISE,
+            "rival1": 0.81 - NOISE[::-1],
+            "rival2": 0.79 - NOISE[::-1] * 9,
+            "method": 0.8 + NOISE,
+        }
+    )
+    assert both.reduces_to == "rival1"  # the stronger one of two that are not beaten
     clear, _ = judged({"base": 0.5 - NOISE, "rival1": 0.6 - NOISE, "method": 0.8 + NOISE})
     assert clear.reduces_to is None
 

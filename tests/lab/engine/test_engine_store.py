@@ -160,6 +160,18 @@ def test_truncation_is_named(tmp_path, share):
     assert path.exists()
 
 
+def test_a_damaged_page_is_named_when_the_store_is_opened(tmp_path):
+    path = tmp_path / "s.sqlite"
+    with Store(path) as store:
+        store.add(cell(), outcome())
+    data = bytearray(path.read_bytes())
+    data[4096 * 2 + 20 : 4096 * 2 + 120] = b"\xff" * 100
+    data[4096 * 2 : 4096 * 2 + 8] = b"\x0a\xff\xff\xff\xff\xff\xff\xff"
+    path.write_bytes(data)
+    with pytest.raises(StoreError, match=r"s\.sqlite is damaged"):
+        Store(path)
+
+
 def test_a_changed_value_does_not_match_its_hash(tmp_path):
     path = tmp_path / "s.sqlite"
     with Store(path) as store:
