@@ -199,3 +199,13 @@ def moons(n: int, rng: np.random.Generator, degrees: float = 0.0) -> tuple[np.nd
     x, y = make_moons(n, noise=0.05, random_state=int(rng.integers(2**31)))
     turn = np.deg2rad(degrees)
     return (x - (0.5, 0.25)) @ np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]]), y
+
+
+def with_moments_of(source: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """The source points [n, d], mapped linearly to the mean and covariance of the target (correlation alignment)."""
+
+    def root(x: np.ndarray, power: float) -> np.ndarray:
+        values, vectors = np.linalg.eigh(np.cov(x.T))
+        return (vectors * values**power) @ vectors.T
+
+    return (source - source.mean(0)) @ root(source, -0.5) @ root(target, 0.5) + target.mean(0)

@@ -39,7 +39,7 @@ class DomainAdversarialLoss(Objective):
         grl: the reversal layer; None makes a new one of strength 1.
         forward: ``"joint"`` sends all domains through the head in one call (head batch norm sees the mixture),
             ``"separate"`` in one call per domain (each domain is normalised by its own statistics).
-        reduction: ``"sum"`` over domains (eq. 10) or their ``"mean"`` (what a plain mean over a balanced batch
+        combine: ``"sum"`` over domains (eq. 10) or their ``"mean"`` (what a plain mean over a balanced batch
             gives; half of it with two domains).
         nonfinite: what to do when the loss is NaN or Inf: ``"raise"``, ``"skip"`` (a zero without gradient) or
             ``"warn"``. Costs one host read a call; inside ``torch.compile`` there is no check.
@@ -57,16 +57,16 @@ class DomainAdversarialLoss(Objective):
         grl: GradientReversal | None = None,
         *,
         forward: Literal["joint", "separate"] = "joint",
-        reduction: Literal["sum", "mean"] = "sum",
+        combine: Literal["sum", "mean"] = "sum",
         nonfinite: NonFinite = "raise",
     ) -> None:
         super().__init__()
         self.domain_head = instance("domain_head", domain_head, nn.Module)
         self.grl = instance("grl", GradientReversal() if grl is None else grl, GradientReversal)
         self.forward_mode = choice("forward", forward, ("joint", "separate"))
-        self.reduction = choice("reduction", reduction, ("sum", "mean"))
+        self.combine = choice("combine", combine, ("sum", "mean"))
         self.nonfinite = choice("nonfinite", nonfinite, NON_FINITE_POLICIES)
-        self.accuracy = torch.tensor(float("nan"))
+        self.register_buffer("accuracy", torch.tensor(float("nan")), persistent=False)
 
     def forward(self, *features: Tensor | None) -> Tensor:
         """Loss of telling the domains apart.
@@ -90,7 +90,7 @@ class DomainAdversarialLoss(Objective):
             strict=True,
         )
         self.accuracy = torch.stack(right).mean()
-        loss = torch.stack(losses).sum() if self.reduction == "sum" else torch.stack(losses).mean()
+        loss = torch.stack(losses).sum() if self.combine == "sum" else torch.stack(losses).mean()
         return loss if torch.compiler.is_compiling() else self._admit(loss)
 
     @staticmethod
@@ -153,7 +153,7 @@ class DomainAdversarialLoss(Objective):
 
     def extra_repr(self) -> str:
         """The options."""
-        return f"forward={self.forward_mode!r}, reduction={self.reduction!r}, nonfinite={self.nonfinite!r}"
+        return f"forward={self.forward_mode!r}, combine={self.combine!r}, nonfinite={self.nonfinite!r}"
 
 
 # --- how far apart two domains are ---------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from pullback.core.checks import integer, non_negative, positive
 from pullback.core.streams import numpy_generator
 
 try:
+    from scipy.special import expit
     from sklearn.base import BaseEstimator, ClassifierMixin
     from sklearn.utils.multiclass import check_classification_targets
     from sklearn.utils.validation import check_is_fitted, validate_data
@@ -19,8 +20,8 @@ except ImportError as error:
     ) from error
 
 
-def _sigmoid(x: np.ndarray) -> np.ndarray:
-    return 0.5 + 0.5 * np.tanh(0.5 * x)
+def _with_one(x: np.ndarray) -> np.ndarray:
+    return np.column_stack([x, np.ones(len(x))])
 
 
 class ShallowDANN(ClassifierMixin, BaseEstimator):
@@ -148,70 +149,66 @@ class ShallowDANN(ClassifierMixin, BaseEstimator):
             self._set([w.copy() for w in start._weights()])
             return
         wide, top = np.sqrt(6 / (features + self.hidden)), np.sqrt(6 / (self.hidden + classes))
-        self._set(
-            [
-                rng.uniform(-wide, wide, (self.hidden, features)),
-                np.zeros(self.hidden),
-                rng.uniform(-top, top, (classes, self.hidden)),
-                np.zeros(classes),
-                np.zeros(self.hidden),
-                np.zeros(1),
-            ]
-        )
+        hidden = rng.uniform(-wide, wide, (self.hidden, features))
+        label = rng.uniform(-top, top, (classes, self.hidden))
+        zeros = np.zeros(self.hidden)
+        self._set([hidden, zeros, label, np.zeros(classes), zeros, np.zeros(1)])
 
     def _set(self, weights: list[np.ndarray]) -> None:
-        self.hidden_weight_, self.hidden_bias_, self.label_weight_, self.label_bias_ = weights[:4]
-        self.domain_weight_, self.domain_bias_ = weights[4:]
+        """Lay the weights out as two matrices, biases last and the domain head as the last row of the heads.
+
+        The public attributes are views of them, so that one product updates many: at this size the number of NumPy
+        calls is the cost.
+        """
+        w, b, v, c, u, z = weights
+        self._below = np.column_stack([w, b])
+        self._heads = np.column_stack([np.vstack([v, u]), np.concatenate([c, z])])
+        self.hidden_weight_, self.hidden_bias_ = self._below[:, :-1], self._below[:, -1]
+        self.label_weight_, self.label_bias_ = self._heads[:-1, :-1], self._heads[:-1, -1]
+        self.domain_weight_, self.domain_bias_ = self._heads[-1, :-1], self._heads[-1, -1:]
 
     def _weights(self) -> list[np.ndarray]:
-        return [
-            self.hidden_weight_,
-            self.hidden_bias_,
-            self.label_weight_,
-            self.label_bias_,
-            self.domain_weight_,
-            self.domain_bias_,
-        ]
+        hidden, label = [self.hidden_weight_, self.hidden_bias_], [self.label_weight_, self.label_bias_]
+        return [*hidden, *label, self.domain_weight_, self.domain_bias_]
 
     def _epoch(
         self, X: np.ndarray, codes: np.ndarray, target: np.ndarray | None, rng: np.random.Generator
     ) -> None:
         order = rng.permutation(len(X)) if self.shuffle else np.arange(len(X))
+        adapt = target is not None and self.lam > 0
+        # drawn in any case, so that every strength sees the source in the same order
         picks = None if target is None else rng.integers(len(target), size=len(X))
+        xs, ys = _with_one(X[order]), np.eye(len(self.classes_))[codes[order]]
+        xt = _with_one(target[picks]) if adapt else xs[:0]
         for first in range(0, len(X), self.batch_size):
-            rows = order[first : first + self.batch_size]
-            pick = None if picks is None else picks[first : first + self.batch_size]
-            self._update(X[rows], codes[rows], None if target is None or self.lam == 0 else target[pick])
+            rows = slice(first, first + self.batch_size)
+            self._update(xs[rows], ys[rows], xt[rows])
 
-    def _update(self, x: np.ndarray, y: np.ndarray, x_target: np.ndarray | None) -> None:
-        """One pass through lines 7-41 of Algorithm 1; gradients averaged over the rows."""
-        n = len(x)
-        h = _sigmoid(x @ self.hidden_weight_.T + self.hidden_bias_)
-        scores = h @ self.label_weight_.T + self.label_bias_
-        scores = np.exp(scores - scores.max(1, keepdims=True))
-        error = scores / scores.sum(1, keepdims=True)
-        error[np.arange(n), y] -= 1.0  # dL_y / d(label logits)
-        back = error @ self.label_weight_
-        rate = self.lr / n
-        if x_target is not None:
-            ht = _sigmoid(x_target @ self.hidden_weight_.T + self.hidden_bias_)
-            # dL_d / d(domain logit), where the head gives the probability of source
-            ds = _sigmoid(h @ self.domain_weight_ + self.domain_bias_) - 1.0
-            dt = _sigmoid(ht @ self.domain_weight_ + self.domain_bias_)
-            u = self.domain_weight_
-            self.domain_weight_ = u - rate * self.lam * (ds @ h + dt @ ht)
-            self.domain_bias_ = self.domain_bias_ - rate * self.lam * (ds.sum() + dt.sum())
-            if self.adversarial:
-                back -= self.lam * ds[:, None] * u  # reversed: the hidden layer climbs the domain loss
-                back_t = -self.lam * dt[:, None] * u * ht * (1.0 - ht)
-        back = back * h * (1.0 - h)
-        self.label_weight_ -= rate * error.T @ h
-        self.label_bias_ -= rate * error.sum(0)
-        self.hidden_weight_ -= rate * back.T @ x
-        self.hidden_bias_ -= rate * back.sum(0)
-        if x_target is not None and self.adversarial:
-            self.hidden_weight_ -= rate * back_t.T @ x_target
-            self.hidden_bias_ -= rate * back_t.sum(0)
+    def _update(self, x: np.ndarray, y: np.ndarray, x_target: np.ndarray) -> None:
+        """Lines 7-41 of Algorithm 1 with gradients averaged over the rows.
+
+        Args:
+            x: source rows [n, d + 1], the last column 1.
+            y: their labels, one-hot [n, classes].
+            x_target: target rows [m, d + 1]; none: no adaptation.
+        """
+        n, rate = len(x), self.lr / len(x)
+        inputs = np.concatenate((x, x_target)) if len(x_target) else x
+        h = np.ones((len(inputs), self.hidden + 1))
+        h[:, :-1] = expit(inputs @ self._below.T)
+        logits = h @ self._heads.T
+        error = np.zeros_like(logits)  # d(L_y + lam L_d) / d(logits of labels and of the domain)
+        scores = np.exp(logits[:n, :-1] - logits[:n, :-1].max(axis=1, keepdims=True))
+        error[:n, :-1] = scores / scores.sum(axis=1, keepdims=True) - y
+        if len(x_target):
+            error[:, -1] = expit(logits[:, -1])  # the head gives the probability of source
+            error[:n, -1] -= 1.0
+            error[:, -1] *= self.lam
+        reversed_error = error.copy()
+        reversed_error[:, -1] *= -1.0 if self.adversarial else 0.0
+        back = (reversed_error @ self._heads)[:, :-1] * h[:, :-1] * (1.0 - h[:, :-1])
+        self._heads -= rate * (error.T @ h)
+        self._below -= rate * (back.T @ inputs)
 
     # --- use ---------------------------------------------------------------------------------------------------
 
@@ -219,7 +216,7 @@ class ShallowDANN(ClassifierMixin, BaseEstimator):
         """Hidden activations [n, hidden], each in (0, 1)."""
         check_is_fitted(self)
         X = validate_data(self, X, dtype=np.float64, reset=False)
-        return _sigmoid(X @ self.hidden_weight_.T + self.hidden_bias_)
+        return expit(X @ self.hidden_weight_.T + self.hidden_bias_)
 
     def predict_proba(self, X: Any) -> np.ndarray:
         """Label probabilities [n, classes]."""
@@ -234,4 +231,4 @@ class ShallowDANN(ClassifierMixin, BaseEstimator):
 
     def predict_source(self, X: Any) -> np.ndarray:
         """Probability [n] that the domain head gives to the source."""
-        return _sigmoid(self.features(X) @ self.domain_weight_ + self.domain_bias_)
+        return expit(self.features(X) @ self.domain_weight_ + self.domain_bias_)

@@ -96,9 +96,7 @@ def test_value_is_the_printed_sum_of_domain_means():
     want = reference.domain_loss(domain(fs).detach().numpy(), domain(ft).detach().numpy())
     for forward in ("joint", "separate"):
         assert DomainAdversarialLoss(domain, forward=forward)(fs, ft).item() == pytest.approx(want, rel=1e-13)
-    assert DomainAdversarialLoss(domain, reduction="mean")(fs, ft).item() == pytest.approx(
-        want / 2, rel=1e-13
-    )
+    assert DomainAdversarialLoss(domain, combine="mean")(fs, ft).item() == pytest.approx(want / 2, rel=1e-13)
 
 
 def test_unequal_halves_weigh_the_same():
@@ -267,7 +265,7 @@ def test_the_whole_loss_compiles_once():
         (lambda h: DomainAdversarialLoss(h)(torch.ones(2, 7)), ValueError, "at least 2 domains, got 1"),
         (lambda h: DomainAdversarialLoss(h)(None, None), ValueError, "at least one example, got none"),
         (lambda h: untyped(h, forward="joined"), ValueError, "forward must be one of"),
-        (lambda h: untyped(h, reduction="none"), ValueError, "reduction must be one of"),
+        (lambda h: untyped(h, combine="none"), ValueError, "combine must be one of"),
         (lambda h: untyped(h, nonfinite="ignore"), ValueError, "nonfinite must be one of"),
         (lambda h: untyped(lambda x: x), TypeError, "domain_head must be of type Module"),
         (lambda h: untyped(h, h), TypeError, "grl must be of type GradientReversal"),

@@ -7,7 +7,12 @@ import pytest
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from pullback.methods.dann import ShallowDANN
+from pullback.methods.dann.shallow import _with_one
 from pullback.methods.dann.tests import reference
+
+
+def update(model, x, y, xt):
+    model._update(_with_one(x), np.eye(3)[y], _with_one(xt))
 
 
 def started(seed=0, **kw):
@@ -23,7 +28,7 @@ def started(seed=0, **kw):
 def test_one_update_is_algorithm_1(lam, adversarial):
     model, x, y, xt = started(lam=lam, lr=0.1, epochs=1, adversarial=adversarial)
     want = reference.algorithm_1(model._weights(), x[0], y[0], xt[0], lam, 0.1, adversarial)
-    model._update(x[:1], y[:1], xt[:1])
+    update(model, x[:1], y[:1], xt[:1])
     for got, expected in zip(model._weights(), want, strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-12, atol=1e-14)
 
@@ -32,7 +37,7 @@ def test_a_batch_is_the_mean_of_single_updates():
     model, x, y, xt = started(lam=0.7, lr=0.1, epochs=1)
     before = [w.copy() for w in model._weights()]
     singles = [reference.algorithm_1(before, x[i], y[i], xt[i], 0.7, 0.1) for i in range(4)]
-    model._update(x[:4], y[:4], xt[:4])
+    update(model, x[:4], y[:4], xt[:4])
     for k, got in enumerate(model._weights()):
         np.testing.assert_allclose(got, np.mean([s[k] for s in singles], axis=0), rtol=1e-10, atol=1e-13)
 
