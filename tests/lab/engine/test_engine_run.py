@@ -306,3 +306,10 @@ def test_results_can_be_read_without_the_file(write, store, serial):
     path.unlink()
     with Store(store.path, read_only=True) as reader:
         assert reader.results() == [result]
+
+
+def test_a_negative_zero_reads_back_as_it_was_hashed(write, store, serial):
+    body = "log.value('loss', -0.0, 0); return {'accuracy': -0.0 if seed else 1.0}"
+    ref = load_trial(write(trial_with(body)))
+    first = run_trial(ref, store=store, executor=serial)
+    assert run_trial(ref, store=store, executor=serial) == first
