@@ -156,4 +156,5 @@ def light(room: str | None = "dann", name: str = "main", **changes: object) -> T
 def filled_with(text: str) -> TrialResult:
     """A trial without tuning that says ``text`` wherever a stranger can say anything."""
     result = synthetic(None, text, text=text, fail=("dann", 2))
-    return replace(result, arms=[replace(arm, tuning=[]) for arm in result.arms])
+    declaration = {**result.declaration, "figures": result.declaration["figures"][:1]}
+    return replace(result, declaration=declaration, arms=[replace(arm, tuning=[]) for arm in result.arms])
