@@ -152,7 +152,8 @@ def execute(cell: Cell, *, used: bool = False) -> Outcome:
     try:
         trial = _trial_of(cell.ref, cell.code)
         seed_everything(cell.seed)
-        start = time.perf_counter()  # importing the trial, once for each worker, is no part of the run's duration
+        # importing the trial, once for each worker, is no part of the run's duration
+        start = time.perf_counter()
         returned = trial.run(trial.sizes[cell.size], cell.arm, dict(cell.hp), cell.seed, log)
         outcome = _judge(cell, trial, returned)
     except StaleCodeError as error:
