@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from pullback.core import schedules
-from pullback.methods.dann import DomainAdversarialLoss, GradientReversal
+from pullback.methods.dann import DomainAdversarialLoss, GradientReversal, ShallowDANN
 from pullback.testing import Case
 
 _reversal: Any = GradientReversal  # with arguments of wrong types, which must be refused
@@ -31,6 +31,12 @@ def _two_domains(generator, dtype):
         return torch.randn(4, 8, generator=generator, dtype=torch.float64).to(dtype)
 
     return draw(), draw() + 0.5
+
+
+def _blobs(generator):
+    labels = torch.arange(60) % 2
+    points = torch.randn(60, 4, generator=generator, dtype=torch.float64) + 6.0 * labels[:, None]
+    return points.numpy(), labels.numpy()
 
 
 CASES = (
@@ -59,6 +65,12 @@ CASES = (
         build=lambda: DomainAdversarialLoss(_Head(), GradientReversal(lam=-1.0)),
         inputs=_two_domains,
         bad=(lambda: _loss(_Head(), forward="both"),),
+    ),
+    Case(
+        name="ShallowDANN",
+        kind="learner",
+        build=lambda: ShallowDANN(hidden=4, lr=0.1, epochs=20),
+        data=_blobs,
     ),
 )
 

@@ -49,7 +49,8 @@ def test_zero_strength_is_no_adaptation_and_leaves_the_domain_head():
     watching = ShallowDANN(lam=1.0, epochs=3, adversarial=False).fit(x, y, xt)
     assert not zero.domain_weight_.any()
     assert watching.domain_weight_.any()
-    np.testing.assert_array_equal(zero.hidden_weight_, watching.hidden_weight_)
+    # sums run over more rows: equal up to rounding
+    np.testing.assert_allclose(zero.hidden_weight_, watching.hidden_weight_, rtol=0, atol=1e-12)
 
 
 def test_start_and_validation():
