@@ -86,6 +86,13 @@ def test_an_unknown_check_is_refused(given):
         check_component(FIELD, **{given: {"no_such_check": "why not"}})
 
 
+def test_an_unknown_refusal_fails_as_a_test_too():
+    (row, *_) = parametrize_with_checks([as_case(FIELD, refuses={"no_such_check": "why not"})]).args[1]
+    case, check = row.values
+    with pytest.raises(ValueError, match="no_such_check"):
+        check(case)
+
+
 def test_a_reason_must_be_given():
     with pytest.raises(ValueError, match="must give a reason"):
         check_component(FIELD, skip={"docstring": " "})

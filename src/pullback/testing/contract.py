@@ -198,15 +198,8 @@ def check_component(
     case = as_case(component, kind, **about)
     checks = checks_for(case.kind)
     skipped, refused = dict(skip or {}), refusals(case)
-    known = {each.id for each in checks}
     for label, given in (("skip", skipped), ("refuses", refused)):
-        for name, reason in given.items():
-            if name not in known:
-                raise ValueError(
-                    f"{label} must name checks of kind {case.kind!r}, got {name!r}. See checks_for()."
-                )
-            if not str(reason).strip():
-                raise ValueError(f"{label}[{name!r}] must give a reason, got {reason!r}.")
+        _known(label, given, case.kind)
     outcomes = []
     for each in checks:
         if each.id in skipped:
@@ -219,6 +212,16 @@ def check_component(
     if report.failed:
         raise ContractError(report)
     return report
+
+
+def _known(label: str, given: Mapping[str, str], kind: str) -> None:
+    """Refuse ids that name no check of this kind, and reasons that are empty."""
+    known = {each.id for each in checks_for(kind)}
+    for name, reason in given.items():
+        if name not in known:
+            raise ValueError(f"{label} must name checks of kind {kind!r}, got {name!r}. See checks_for().")
+        if not str(reason).strip():
+            raise ValueError(f"{label}[{name!r}] must give a reason, got {reason!r}.")
 
 
 def parametrize_with_checks(cases: Iterable[Case]) -> Callable[[Any], Any]:
@@ -251,7 +254,9 @@ def parametrize_with_checks(cases: Iterable[Case]) -> Callable[[Any], Any]:
 def _as_test(check: Check, case: Case) -> None:
     import pytest
 
-    outcome = run_check(check, case, refusal=refusals(case).get(check.id))
+    refused = refusals(case)
+    _known("refuses", refused, case.kind)
+    outcome = run_check(check, case, refusal=refused.get(check.id))
     if outcome.status == "failed":
         raise ContractError(ContractReport(case.name, case.kind, (outcome,)))
     if outcome.status in {"refused", "not applicable"}:
