@@ -244,3 +244,13 @@ def test_an_unchanged_page_is_not_drawn_again(tmp_path, monkeypatch):
     (tmp_path / "dann.html").write_bytes(whole.replace(b"supported", b"refuted"))
     assert draw({"dann": first}) == 1  # a page that someone edited is not trusted
     assert (tmp_path / "dann.html").read_bytes() == whole
+
+
+def test_every_table_has_a_heading_per_column():
+    told = section(synthetic())
+    assert told.comparisons is not None
+    for table in (told.paper, told.seeds, told.settings, told.comparisons):
+        assert table is not None
+        assert {len(row) for row in table.rows} == {len(table.head)}
+        assert all(0 < column < len(table.head) for column in table.numeric)
+    assert told.comparisons.rows[2][0] == "dann is no different from source only in source accuracy"

@@ -254,7 +254,7 @@ def _interval(ax: Axes, row: int, c: Comparison) -> None:
     if c.margin:
         edges = [-c.margin, c.margin] if c.kind == "equivalent" else [c.margin]
         for edge in edges:
-            ax.plot([edge, edge], [row - 0.35, row + 0.35], color=PAPER, linewidth=1, linestyle=(0, (2, 2)))
+            ax.plot([edge, edge], [row - 0.35, row + 0.35], color=INK, linewidth=1, linestyle=(0, (2, 2)))
 
 
 def tuning_scatter(result: TrialResult, *, width: float = WIDE) -> Figure | None:
@@ -269,21 +269,14 @@ def tuning_scatter(result: TrialResult, *, width: float = WIDE) -> Figure | None
     Returns:
         The figure, or None when nothing was tuned.
     """
-    tuned = [(arm, _tuned(arm)) for arm in result.arms]
-    most = max((len(names) for _, names in tuned), default=0)
-    if not most:
+    pairs = [(arm, name) for arm in result.arms for name in _tuned(arm)]
+    if not pairs:
         return None
-    columns = min(most, 3 if width >= WIDE else 2)
-    pairs = [
-        (arm, name) for arm, names in tuned for name in [*names, *[""] * (-len(names) % columns)]
-    ]  # every arm starts a row
+    columns = min(len(pairs), 3 if width >= WIDE else 2)
     colours = arm_colours(result.arms)
     figure, axes = _placed([1.15] * len(pairs), width=width, left=0.55, columns=columns, head=0.26, foot=0.48)
     with style():
         for ax, (arm, name) in zip(axes, pairs, strict=True):
-            if not name:
-                ax.remove()
-                continue
             points = [(p["hp"][name], float(p["score"])) for p in arm.tuning if name in p["hp"]]
             points = [(x, y) for x, y in points if math.isfinite(y)]
             numeric = all(isinstance(x, int | float) and not isinstance(x, bool) for x, _ in points)
@@ -299,7 +292,7 @@ def tuning_scatter(result: TrialResult, *, width: float = WIDE) -> Figure | None
             elif numeric:
                 ax.xaxis.set_major_locator(MaxNLocator(3))
             edge = " (at the edge)" if name in arm.at_edge else ""
-            ax.set_title(f"{short(arm.name, 18)}{edge}", color=PAPER if edge else INK)
+            ax.set_title(f"{short(arm.name, 18)}{edge}", fontweight="bold" if edge else "normal")
             ax.set_xlabel(short(name))
             ax.grid(axis="y")
             ax.yaxis.set_major_locator(MaxNLocator(4))

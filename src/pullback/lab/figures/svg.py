@@ -11,6 +11,7 @@ from xml.etree import ElementTree as ET
 from pullback.lab.figures.style import (
     BASELINE,
     CEILING,
+    CLASSES,
     GRID,
     INK,
     METHOD,
@@ -52,6 +53,7 @@ VARIABLES: Final[dict[str, str]] = {
     BASELINE: "--fig-baseline",
     CEILING: "--fig-ceiling",
     **{colour: f"--fig-s{index}" for index, colour in enumerate(SERIES)},
+    **{colour: f"--fig-c{index}" for index, colour in enumerate(CLASSES)},
 }
 """Palette colours that become variables of the page, so that one drawing is right in light and in dark."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -103,7 +104,7 @@ def section(result: TrialResult) -> Section:
         title=clean(result.title, 200),
         word=result.verdict.word,
         mark=MARKS.get(result.verdict.word, DASH),
-        sentence=clean_block(result.verdict.sentence, 1_000),
+        sentence=re.sub(r"(?<=\d) %", "\N{NO-BREAK SPACE}%", clean_block(result.verdict.sentence, 1_000)),
         headline=headline(result),
         smoke=result.size != "full",
         claim=claim_text(told.get("claim"), result),
@@ -267,24 +268,15 @@ def _comparison_table(result: TrialResult) -> Table | None:
         kind = "is no different from" if c.kind == "equivalent" else "beats"
         role = {"claim": "main claim", "rival": "rival", "also": "secondary"}.get(c.role, c.role)
         told = f"{clean(c.arm)} {kind} {clean(c.than)}"
+        if c.metric != result.declaration["primary"]["name"]:
+            told += f" in {clean(c.metric).replace('_', ' ')}"
         wins = DASH if not math.isfinite(c.wins) else f"{round(c.wins * c.n)} of {c.n}"
         rows.append((
             told, role, f"{MARKS.get(c.word, DASH)} {c.word}", difference(c.difference, unit),
             interval(c.low, c.high, unit), p_value(c.p), bare_number(c.effect, signed=True), wins,
-            difference(c.margin, unit).lstrip("+") if c.margin else "0", clean(c.metric).replace("_", " "),
+            difference(c.margin, unit).lstrip("+") if c.margin else "0",
         ))  # fmt: skip
-    head = (
-        "claim",
-        "part",
-        "verdict",
-        "difference",
-        "95 % interval",
-        "p",
-        "effect",
-        "seeds won",
-        "margin",
-        "metric",
-    )
+    head = ("claim", "part", "verdict", "difference", "95 % interval", "p", "effect", "seeds won", "margin")
     return Table(head, tuple(rows), "Every comparison", frozenset({3, 4, 5, 6, 7, 8}))
 
 

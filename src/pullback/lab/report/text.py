@@ -99,7 +99,8 @@ def bare_number(value: object, unit: str = "", *, signed: bool = False) -> str:
     if not math.isfinite(value):
         return "not finite"
     sign = "+" if signed else ""
-    text = f"{100 * value:{sign}.1f}" if unit == "fraction" else f"{value:{sign}.4g}"
+    digits = 3 if signed else 4  # of a difference no more is known
+    text = f"{100 * value:{sign}.1f}" if unit == "fraction" else f"{value:{sign}.{digits}g}"
     return text.replace("-", "\N{MINUS SIGN}")
 
 
