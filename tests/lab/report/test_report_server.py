@@ -220,7 +220,11 @@ def test_a_taken_port_is_named(running, folder):
 
 
 def test_serve_prints_its_address_and_stops_on_interrupt(folder):
-    code = "import sys; from pullback.lab.report.server import serve; serve(sys.argv[1], host=sys.argv[2])"
+    # A shell that starts tests in the background lets them ignore interrupts; the server must hear this one.
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from pullback.lab.report.server import serve; serve(sys.argv[1], host=sys.argv[2])"
+    )
     for host, warned in (("127.0.0.1", False), ("0.0.0.0", True)):
         with subprocess.Popen([sys.executable, "-c", code, str(folder), host], stdout=subprocess.PIPE,
                               stderr=subprocess.PIPE, text=True) as process:  # fmt: skip
@@ -229,6 +233,9 @@ def test_serve_prints_its_address_and_stops_on_interrupt(folder):
             assert re.search(r"at http://\S+:\d+/", lines[-1])
             assert ("Warning" in lines[0]) == warned
             process.send_signal(2)
-            _, errors = process.communicate(timeout=20)
+            try:
+                _, errors = process.communicate(timeout=20)
+            finally:
+                process.kill()  # without it, leaving the block would wait for a server that did not stop
         assert process.returncode == 0
         assert errors == ""
