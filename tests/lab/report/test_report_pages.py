@@ -143,6 +143,16 @@ def test_users_trials_have_their_own_section(report_folder):
     assert "my_rates" in text.split("Your own trials")[1]
 
 
+def test_a_drawing_of_a_users_file_is_found_by_the_files_name(tmp_path):
+    trial = light(None, "main")
+    figures = {
+        ("mine.py", "main"): (Drawing("good", lambda _: Figure(figsize=(2, 1)), caption="my picture"),)
+    }
+    write_report({None: [trial]}, tmp_path, figures=figures)
+    assert "my picture" in read(tmp_path, "mine.html")
+    assert "mine.py:main" in read(tmp_path, "index.html")
+
+
 def test_an_empty_report_says_how_to_start(tmp_path, monkeypatch):
     monkeypatch.setattr("pullback.lab.report.index._facts", dict)
     assert "Nothing has been run yet" in write_report({}, tmp_path).read_text(encoding="utf-8")

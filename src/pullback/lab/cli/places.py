@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pullback
+from pullback.lab.declare import Drawing
+from pullback.lab.engine import StudyRef
 from pullback.lab.evidence import read_evidence
 from pullback.lab.result import TrialResult
 from pullback.lab.store import Store
@@ -56,9 +59,14 @@ def declared_order(room: str | None, results: list[TrialResult]) -> list[TrialRe
     return sorted(results, key=lambda r: names.index(r.name) if r.name in names else len(names))
 
 
-def report(out: Path, *, with_evidence: bool) -> Path:
-    """Write the report of an output folder and return its index page."""
+def report(out: Path, *, with_evidence: bool, refs: Sequence[StudyRef] = ()) -> Path:
+    """Write the report of an output folder and return its index page; ``refs`` bring drawings of a user's file."""
     from pullback.lab.report import write_report
 
     results = {**(committed() if with_evidence else {}), **stored(out)}
-    return Path(write_report(results, out / "report"))
+    figures = {}
+    for ref in refs:
+        drawn = ref.resolve().figures if ref.file is not None else ()
+        if any(isinstance(figure, Drawing) for figure in drawn):
+            figures[Path(str(ref.file)).name, ref.name] = drawn
+    return Path(write_report(results, out / "report", figures=figures))

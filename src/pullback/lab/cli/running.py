@@ -138,7 +138,7 @@ def run(refs: Sequence[StudyRef], plan: Plan) -> int:
             status = max(status, tell(ref.label, result))
     # An interrupted command still reports the trials that were finished before it.
     if places.stored(plan.out):
-        say(f"report: {places.report(plan.out, with_evidence=False)}")
+        say(f"report: {places.report(plan.out, with_evidence=False, refs=refs)}")
     return status
 
 

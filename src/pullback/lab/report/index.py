@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pullback.lab.report.model import MARKS, claim_text, gain, main_comparison, unit_of
@@ -72,7 +72,12 @@ def trial_rows(trials: Sequence[TrialResult], pages: Sequence[str]) -> list[Row]
     Returns:
         The rows.
     """
-    return [_row(trial.name, trial, None, page, DASH) for trial, page in zip(trials, pages, strict=True)]
+    rows = [_row(trial.name, trial, None, page, DASH) for trial, page in zip(trials, pages, strict=True)]
+    return [
+        replace(row, title=clean(trial.title), subtitle=clean(f"{file}:{trial.name}" if file else trial.name))
+        for row, trial in zip(rows, trials, strict=True)
+        for file in [trial.declaration.get("file")]
+    ]
 
 
 def _row(key: str, result: TrialResult, fact: Any, page: str, adjusted: str) -> Row:

@@ -35,8 +35,8 @@ from pullback.lab.report.reuse import page_key, reusable, sealed
 from pullback.lab.report.text import clean, clean_block, file_stem
 from pullback.lab.result import TrialResult
 
-Given: TypeAlias = Mapping[tuple[str | None, str], Sequence[Figure]]
-"""Figures by room and trial name."""
+Given: TypeAlias = Mapping[tuple[str, str], Sequence[Figure]]
+"""Figures by trial name and its room, or its file's name where it has no room."""
 
 _NO_SCRIPT = (
     "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
@@ -64,7 +64,7 @@ def write_report(
     Args:
         results: trials by room, the main one first; the key None holds the user's own trials.
         folder: where to write; files of the same names are replaced, others are left alone.
-        figures: figures by (room, trial name), for trials whose drawings cannot be found from their room.
+        figures: figures by (room or file name, trial name), for trials whose drawings no room holds.
 
     Returns:
         The index page.
@@ -76,7 +76,7 @@ def write_report(
     given = figures or {}
     rooms = {room: list(trials) for room, trials in results.items() if room is not None and trials}
     own = list(results.get(None, ()))
-    stems = _stems([str(room) for room in rooms], [trial.name for trial in own])
+    stems = _stems([str(room) for room in rooms], [_own_name(trial) for trial in own])
     pages: dict[str, str] = {}
     for (trials, page), stem in zip(_all_pages(rooms, own), stems, strict=True):
         sections = [section(trial) for trial in trials]
@@ -91,6 +91,16 @@ def write_report(
     )
     _write(target, pages)  # the index last: it never names a page that is not there yet
     return target / "index.html"
+
+
+def _own_name(trial: TrialResult) -> str:
+    """A trial's name, or its file's where it has only the default one."""
+    file = trial.declaration.get("file")
+    return Path(str(file)).stem if file and trial.name == "main" else trial.name
+
+
+def _home(trial: TrialResult) -> tuple[str, str]:
+    return str(trial.room or trial.declaration.get("file")), trial.name
 
 
 def _stems(rooms: Sequence[str], trials: Sequence[str]) -> list[str]:
@@ -131,7 +141,7 @@ def _study_page(
     path: Path, page: Page, trials: Sequence[TrialResult], sections: Sequence[Section], given: Given
 ) -> str:
     """The page of a room or trial, as it was when nothing that decides it has changed: drawing takes seconds."""
-    key = "" if any((t.room, t.name) in given for t in trials) else page_key(trials, page)
+    key = "" if any(_home(t) in given for t in trials) else page_key(trials, page)
     kept = reusable(path, key) if key else None
     if kept is not None:
         return kept
@@ -140,7 +150,7 @@ def _study_page(
 
 
 def _drawn(result: TrialResult, told: Section, given: Given, prefix: str) -> Drawn:
-    figures = given.get((result.room, result.name)) or declared_figures(result)
+    figures = given.get(_home(result)) or declared_figures(result)
     return Drawn(
         **vars(told),
         drawings=draw_all(result, figures, prefix),
