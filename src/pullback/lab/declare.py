@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
@@ -18,6 +18,7 @@ Scalar: TypeAlias = float | int | str | bool
 Hyperparameters: TypeAlias = Mapping[str, Scalar]
 
 
+@runtime_checkable
 class Log(Protocol):
     """Where one training run writes what it wants to keep besides its final metrics."""
 
