@@ -104,7 +104,7 @@ def section(result: TrialResult) -> Section:
         title=clean(result.title, 200),
         word=result.verdict.word,
         mark=MARKS.get(result.verdict.word, DASH),
-        sentence=re.sub(r"(?<=\d) %", "\N{NO-BREAK SPACE}%", clean_block(result.verdict.sentence, 1_000)),
+        sentence=_unbroken(clean_block(result.verdict.sentence, 1_000)),
         headline=headline(result),
         smoke=result.size != "full",
         claim=claim_text(told.get("claim"), result),
@@ -120,6 +120,12 @@ def section(result: TrialResult) -> Section:
         provenance=tuple(_provenance(result)),
         command=command_of(result),
     )
+
+
+def _unbroken(text: str) -> str:
+    """Keep '95 %' and 'p = 0.01' on one line."""
+    text = re.sub(r"(?<=\d) %", "\N{NO-BREAK SPACE}%", text)
+    return re.sub(r"\bp ([=<]) (?=\d)", "p\N{NO-BREAK SPACE}\\1\N{NO-BREAK SPACE}", text)
 
 
 def _sentences(*texts: object) -> str:

@@ -179,6 +179,7 @@ def _index(rows: Sequence[Row], trials: Sequence[Row], picture: Picture | None) 
         script=Markup(script),
         rows=rows,
         trials=trials,
+        trials_first=not any(row.page for row in rows),
         tally=", ".join(f"{count} {word}" for word, count in counts.items()) + "." if counts else "",
         capabilities=sorted({row.capability for row in rows if row.capability}),
         verdicts=[word for word in MARKS if any(row.word == word for row in rows)],

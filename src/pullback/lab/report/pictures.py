@@ -97,9 +97,11 @@ def _draw(result: TrialResult, figure: Figure, prefix: str) -> Picture | None:
             lambda w: paired_seeds(result, figure.metric, width=w), prefix, _seeds_alt(result), caption
         )
     if isinstance(figure, Curves):
-        alt = f"Curves of {clean(figure.y)} against {clean(figure.x)} for every arm."
+        name = clean(figure.y).replace("_", " ")
+        alt = f"Curves of {name} against {clean(figure.x)} for every arm."
         caption = (
-            figure.caption or f"{clean(figure.y)}: faint lines are single seeds, bold lines their means."
+            figure.caption
+            or f"{name[:1].upper()}{name[1:]}: faint lines are single seeds, bold lines their means."
         )
         return both(
             lambda w: curves(result, figure.y, x=figure.x, arms=figure.arms, width=w), prefix, alt, caption
