@@ -63,11 +63,14 @@ def points_of(tune: Tune, arm: str) -> list[dict[str, Scalar]]:
     if not domains:
         return []
     _check(tune, domains)
-    own = tune.only.get(arm, {})
     choices = [d.values for d in domains.values() if isinstance(d, Choice)]
     if len(choices) == len(domains) and math.prod(map(len, choices)) <= tune.trials:
         return [dict(zip(domains, values, strict=True)) for values in product(*choices)]
-    columns = _columns(tune.shared, tune.trials, STREAM) | _columns(own, tune.trials, _stream(arm))
+    unit = _unit_points(tune)
+    columns = {
+        name: _values(domain, unit[:, position], tune.trials)
+        for position, (name, domain) in enumerate(domains.items())
+    }
     return [{name: columns[name][index] for name in domains} for index in range(tune.trials)]
 
 
@@ -87,26 +90,24 @@ def _check(tune: Tune, domains: Mapping[str, Domain]) -> None:
             )
 
 
-def _stream(arm: str) -> int:
-    return int.from_bytes(hashlib.sha256(f"{STREAM}/{arm}".encode()).digest()[:4])
+def _unit_points(tune: Tune) -> np.ndarray:
+    """Points of one scrambled Halton sequence, ``[trials, coordinates]``, the same ones for every arm.
 
-
-def _columns(domains: Mapping[str, Domain], count: int, seed: int) -> dict[str, list[Scalar]]:
-    """Values of each domain: one coordinate of a scrambled Halton sequence, or each choice equally often."""
+    Shared hyperparameters come first. An arm's own ones take the coordinates after them: with a sequence of their own
+    they would repeat the base of the first coordinate, and each of their values would meet one range of it only.
+    """
     from scipy.stats import qmc
 
-    if not domains:
-        return {}
-    unit = qmc.Halton(len(domains), scramble=True, rng=np.random.default_rng(seed)).random(count)
-    columns: dict[str, list[Scalar]] = {}
-    for column, (name, domain) in zip(unit.T, domains.items(), strict=True):
-        if isinstance(domain, Choice):
-            # The rank of the coordinate, not its value, picks the choice: so each is tried equally often.
-            ranks = np.argsort(np.argsort(column))
-            columns[name] = [domain.values[int(r) * len(domain.values) // count] for r in ranks]
-        else:
-            columns[name] = [value_at(domain, float(u)) for u in column]
-    return columns
+    width = len(tune.shared) + max(map(len, tune.only.values()), default=0)
+    return qmc.Halton(width, scramble=True, rng=np.random.default_rng(STREAM)).random(tune.trials)
+
+
+def _values(domain: Domain, column: np.ndarray, count: int) -> list[Scalar]:
+    """A domain's value at each coordinate; each choice comes equally often."""
+    if isinstance(domain, Choice):
+        ranks = np.argsort(np.argsort(column))  # the rank of a coordinate, not its value, picks the choice
+        return [domain.values[int(r) * len(domain.values) // count] for r in ranks]
+    return [value_at(domain, float(u)) for u in column]
 
 
 def value_at(domain: Domain, u: float) -> Scalar:

@@ -41,6 +41,17 @@ def test_each_choice_is_tried_equally_often():
     assert {k: tried.count(k) for k in (1, 2, 4, 8)} == {1: 4, 2: 4, 4: 4, 8: 4}
 
 
+def test_every_choice_meets_the_whole_range_of_a_shared_value():
+    tune = Tune(
+        trials=24, select=SELECT, shared={"x": Uniform(0.0, 1.0)}, only={"b": {"k": Choice((1, 2, 3, 4))}}
+    )
+    points = points_of(tune, "b")
+    for k in (1, 2, 3, 4):
+        met = [p["x"] for p in points if p["k"] == k]
+        assert min(met) < 0.35
+        assert max(met) > 0.65
+
+
 def test_few_choices_are_enumerated():
     tune = Tune(
         trials=9, select=SELECT, shared={"x": Choice((1, 2))}, only={"b": {"y": Choice(("u", "v", "w"))}}

@@ -28,8 +28,9 @@ from pullback.methods.dann.adversary import DomainAdversarialLoss, proxy_a_dista
 from pullback.methods.dann.reversal import GradientReversal
 from pullback.methods.dann.shallow import ShallowDANN
 
+HELD_OUT = 0.2  # share of the source that scores a tuning run: twice the paper's, for half the variance
+TEST_SEEDS = tuple(range(200, 208))  # no pilot run has used them
 PLAIN = ("source", "dropout", "target")  # arms that never forward an unlabelled target example
-
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -140,7 +141,7 @@ def run(cfg: Config, arm: str, hp: lab.Hyperparameters, seed: int, log: lab.Log)
         return {**_measure(net, pair, seed), "selection_score": score}
     data = pair.target if arm == "target" else pair.source
     net = trainer.fit(data.x, data.y, pair.target.x, watch=watch)
-    if seed == 0 and arm in {"source", "dann"} and cfg.task == "mnist-m":
+    if seed == TEST_SEEDS[0] and arm in {"source", "dann"} and cfg.task == "mnist-m":
         _keep(net, pair, log)
     return _measure(net, pair, seed)
 
@@ -148,10 +149,10 @@ def run(cfg: Config, arm: str, hp: lab.Hyperparameters, seed: int, log: lab.Log)
 def _scored(trainer: Trainer, pair: Domains) -> tuple[TwoHeads, float]:
     """A net and its score without target labels: accuracy on held-out source after training back (5.1.2).
 
-    The ceiling arm, which owns target labels, is scored on a tenth of its labelled examples.
+    The ceiling arm, which owns target labels, is scored on as large a share of its labelled examples.
     """
     if trainer.arm == "target":
-        held = len(pair.target.y) // 10
+        held = round(HELD_OUT * len(pair.target.y))
         train, rest = pair.target.take(slice(held, None)), pair.target.take(slice(0, held))
         net = trainer.fit(train.x, train.y, train.x)
         return net, _accuracy(net, rest)
@@ -161,7 +162,8 @@ def _scored(trainer: Trainer, pair: Domains) -> tuple[TwoHeads, float]:
         nets.append(trainer.fit(xs, ys, xt, start))
         return nets[-1]
 
-    found = reverse_validation(fit, (pair.source.x, pair.source.y), pair.target.x, [None], seed=trainer.seed)
+    labelled = (pair.source.x, pair.source.y)
+    found = reverse_validation(fit, labelled, pair.target.x, [None], validation=HELD_OUT, seed=trainer.seed)
     return nets[0], 1.0 - found.risks[0][1]
 
 
@@ -249,7 +251,7 @@ REFUTED = "the paired 95 % interval of (dann - source), or that of (dann - rival
 HONEST = (
     "Hyperparameters are chosen without target labels: a run's selection score is the accuracy on held-out source "
     "after training back from the self-labelled target, for every arm alike (the ceiling arm, which has target "
-    "labels, uses a tenth of them). "
+    "labels, uses a share of them). A fifth is held out, where the paper holds out a tenth. "
 )
 
 
@@ -265,13 +267,12 @@ def _study(name: str, full: Config, smoke: Config, *, trials: int, rival: str, *
             trials=trials,
             select=SCORE,
             shared={"lr": lab.LogUniform(3e-4, 1e-2)},
-            only={"dann": {"lam_max": lab.Choice((0.1, 0.3, 1.0))}},
+            only={"dann": {"lam_max": lab.LogUniform(0.03, 3.0)}},
             size="tuning",
         ),
-        seeds=lab.Seeds(tune=(100,)),
         also=(lab.Greater("dann", than="source", metric=PAD),),
         refuted_if=REFUTED,
-        timeout=180.0,
+        timeout=300.0,
         **facts,
     )
 
@@ -280,8 +281,9 @@ MAIN = _study(
     "mnist-m",
     Config("mnist-m", steps=400, batch=32),
     Config("mnist-m", steps=6, batch=16, examples=100, test=60, points=2),
-    trials=6,
+    trials=8,
     rival="lam0",
+    seeds=lab.Seeds(TEST_SEEDS, tune=(100, 101)),
     title="MNIST to MNIST-M: digits on photographs, no label of the target, test photographs unseen",
     primary=ACCURACY,
     hp={"*": {"lr": 3e-3}, "dann": {"lam_max": 1.0}},
@@ -290,7 +292,7 @@ MAIN = _study(
             "domains", _draw("digits"), "Both domains. Test digits lie on photographs unseen in training."
         ),
         lab.PairedSeeds(caption="Accuracy on 2,000 target digits with unseen photographs, every seed."),
-        lab.Drawing("features", _draw("features"), "Features of seed 0: first two principal components."),
+        lab.Drawing("features", _draw("features"), "Features of the first seed: two principal components."),
         lab.Curves("target_accuracy", caption="Accuracy on 500 target digits during training."),
     ),
     paper=lab.PaperResult(
@@ -316,8 +318,9 @@ def _digit_study(name: str, title: str) -> lab.Study:
         name,
         Config(name, steps=800),
         Config(name, steps=6, batch=16, examples=200, test=60, points=2),
-        trials=4,
+        trials=5,
         rival="dropout",
+        seeds=lab.Seeds(TEST_SEEDS, tune=(100,)),
         title=title,
         primary=ACCURACY,
         hp={"*": {"lr": 1e-3}, "dann": {"lam_max": 0.15}},
@@ -342,8 +345,9 @@ def _review_study(name: str, title: str) -> lab.Study:
         name,
         Config(name, steps=400, examples=2000, test=1000),
         Config(name, steps=6, batch=16, examples=200, test=60, points=2),
-        trials=4,
+        trials=5,
         rival="dropout",
+        seeds=lab.Seeds(TEST_SEEDS, tune=(100,)),
         title=title,
         primary=BALANCED,
         hp={"*": {"lr": 3e-3}, "dann": {"lam_max": 0.3}},
