@@ -143,6 +143,19 @@ def edges(
     return tuple(found)
 
 
+def ranked(
+    domains: Mapping[str, Domain], tried: Sequence[dict[str, Any]], sign: float
+) -> list[dict[str, Any]]:
+    """All points, best first: of equal scores the one farther from the edges wins, then the earlier one.
+
+    Args:
+        domains: the arm's domains.
+        tried: all points, each with its ``hp`` and ``score``.
+        sign: 1 if higher scores are better, else -1.
+    """
+    return sorted(tried, key=lambda p: (-sign * p["score"], len(edges(domains, p["hp"], tried))))
+
+
 def _share(domain: Any, value: float) -> float:
     if isinstance(domain, LogUniform):
         return math.log(value / domain.low) / math.log(domain.high / domain.low)

@@ -8,7 +8,16 @@ import pytest
 
 from pullback.lab import Arms, Choice, LogUniform, Metric, Trial, Tune, Uniform, load_trial, tune_trial
 from pullback.lab.engine import TrialError
-from pullback.lab.tuning import edges, points_of, read_tuned, settings_of, trace_hash, value_at, write_tuned
+from pullback.lab.tuning import (
+    edges,
+    points_of,
+    ranked,
+    read_tuned,
+    settings_of,
+    trace_hash,
+    value_at,
+    write_tuned,
+)
 
 SELECT = Metric("val")
 TUNE = Tune(
@@ -84,6 +93,13 @@ def test_edges():
     assert edges(domains, {"lr": 0.1, "k": 2, "two": 0}, tried) == ()
     assert edges(domains, {"lr": 0.5, "k": 1, "two": 1}, tried) == ("lr", "k")
     assert edges({"lr": domains["lr"]}, {"lr": 0.0011}, [*tried, {"hp": {"lr": 0.00105}}]) == ("lr",)
+
+
+def test_equal_scores_choose_a_point_inside():
+    domains = {"lr": Choice((1, 2, 3, 4))}
+    tried = [{"hp": {"lr": v}, "score": s} for v, s in ((1, 0.5), (2, 0.5), (3, 0.5), (4, 0.4))]
+    assert [p["hp"]["lr"] for p in ranked(domains, tried, 1.0)] == [2, 3, 1, 4]
+    assert [p["hp"]["lr"] for p in ranked(domains, tried, -1.0)] == [4, 2, 3, 1]
 
 
 # --- tuned.toml ---------------------------------------------------------------------------------------------------

@@ -224,8 +224,7 @@ def _tuned(
             runs = [results[cell.key] for cell in cells]
             mean = sum(score(r, tune.select) for r in runs) / len(runs)
             trace.append({"hp": point, "score": mean, "seconds": sum(r.seconds for r in runs)})
-        # A stable sort: of equal scores the earlier point wins, in every run of the tuning.
-        traces[arm] = sorted(trace, key=lambda p: -sign * p["score"])
+        traces[arm] = tuning.ranked(tuning.domains_of(tune, arm), trace, sign)
         at_edge[arm] = tuning.edges(tuning.domains_of(tune, arm), traces[arm][0]["hp"], trace)
     best = {arm: trace[0]["hp"] for arm, trace in traces.items()}
     sha256 = tuning.trace_hash(traces)

@@ -226,7 +226,7 @@ ACCURACY = Metric("test_accuracy", better="higher", unit="fraction", worst=0.0)
 SELECT = Metric("validation_accuracy", better="higher", unit="fraction", worst=0.0)
 ABOVE_HALF = Metric("above_half", better="higher", unit="fraction", worst=0.0)
 RATES = Choice((0.01, 0.03, 0.1, 0.3))
-ETAS = Choice((0.01, 0.1, 0.3, 1.0))  # the three of the paper, and one between
+ETAS = Choice((0.01, 0.1, 0.3, 1.0, 3.0))  # the three of the paper, one between, one beyond
 ESCAPE = Drawing(
     "escape",
     draw_escape,
@@ -254,8 +254,8 @@ def declare(name: str, title: str, cfg: Config, etas: tuple[str, ...], **fields:
         sizes={"smoke": replace(cfg, steps=30, depth=6), "full": cfg},
         primary=ACCURACY,
         hp={"*": {"lr": 0.1, "eta": 0.01}},
-        tune=Tune(trials=16, select=SELECT, shared={"lr": RATES}, only={arm: {"eta": ETAS} for arm in etas}),
-        seeds=Seeds(tune=(100,)),  # the full grid of 12 points on one seed, rather than half of it on two
+        tune=Tune(trials=20, select=SELECT, shared={"lr": RATES}, only={arm: {"eta": ETAS} for arm in etas}),
+        seeds=Seeds(tune=(100,)),  # the full grid on one seed, rather than half of it on two
         timeout=300.0,
         figures=(ESCAPE, PairedSeeds()),
         cannot_test=CANNOT,
