@@ -251,9 +251,9 @@ REFUTED = "the paired 95 % interval of (dann - source), or that of (dann - rival
 HONEST = (
     "Hyperparameters are chosen without target labels: a run's selection score is the accuracy on held-out source "
     "after training back from the self-labelled target, for every arm alike (the ceiling arm, which has target "
-    "labels, uses a share of them). A fifth is held out (the paper: a tenth). The training back "
-    "begins from new weights: begun from the first network, as in the paper, it keeps what that knew of the source, and "
-    "the score rewards the weakest adaptation. "
+    "labels, uses a share of them). A fifth is held out (the paper: a tenth). The training back begins from new "
+    "weights: begun from the first network, as in the paper, it keeps what that knew of the source, and the score "
+    "rewards the weakest adaptation. "
 )
 
 
