@@ -1,16 +1,19 @@
-"""The engine's overhead: wall time of 16 equal cells against the ideal, and of a rerun that finds all of them.
+"""The engine's overhead: wall time of 16 equal cells against the ideal, and of a rerun that finds all of them."""
 
-Run: python benchmarks/bench_engine.py [--seconds 5] [--cells 16] [--workers 2]
-"""
+from __future__ import annotations
 
-import argparse
 import tempfile
 import time
 from pathlib import Path
 
+from benchmarks.harness import Row
+
 from pullback.lab import LocalExecutor, Store, load_trial, run_trial
 
-TRIAL = """
+SECONDS, CELLS, WORKERS = 5.0, 16, 2
+RERUN = 3.0  # seconds that a rerun of a finished trial may take
+
+TRIAL = f"""
 import time
 from pullback.lab import Arms, Metric, Seeds, Trial
 
@@ -19,36 +22,29 @@ def run(cfg, arm, hp, seed, log):
     return {{"score": float(seed)}}
 
 trial = Trial(title="sleep", run=run, arms=Arms("a", "b"), primary=Metric("score"),
-              sizes={{"full": {seconds}}}, seeds=Seeds(test=range({seeds})))
+              sizes={{"full": {SECONDS}}}, seeds=Seeds(test=range({CELLS // 2})))
 """
 
 
-def timed(folder: Path, workers: int) -> float:
-    """Wall seconds of one whole call: executor and workers, store and verdict."""
+def wall_seconds(folder: Path) -> float:
+    """Wall time of one whole call: workers started and ended, store written, verdict made."""
     start = time.perf_counter()
-    with Store(folder / "store.sqlite") as store, LocalExecutor(workers) as executor:
+    with Store(folder / "store.sqlite") as store, LocalExecutor(WORKERS) as executor:
         # The leak check would add a cell, which is not the overhead in question.
         run_trial(load_trial(folder / "trial.py"), store=store, executor=executor, check_leaks=False)
     return time.perf_counter() - start
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=5.0)
-    parser.add_argument("--cells", type=int, default=16)
-    parser.add_argument("--workers", type=int, default=2)
-    options = parser.parse_args()
+def ratios() -> list[Row]:
+    """Two rows: a first run against the ideal, a rerun against what it may take."""
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        source = TRIAL.format(seconds=options.seconds, seeds=options.cells // 2)
-        (folder / "trial.py").write_text(source, encoding="utf-8")
-        wall = timed(folder, options.workers)
-        again = timed(folder, options.workers)
-    ideal = options.seconds * -(-options.cells // options.workers)
-    print(f"{options.cells} cells of {options.seconds:g} s on {options.workers} workers")
-    print(f"  wall {wall:.2f} s, ideal {ideal:.2f} s, ratio {wall / ideal:.3f} (at most 1.08)")
-    print(f"  rerun of the finished trial {again:.2f} s (at most 3)")
-
-
-if __name__ == "__main__":
-    main()
+        (Path(name) / "trial.py").write_text(TRIAL, encoding="utf-8")
+        wall, again = wall_seconds(Path(name)), wall_seconds(Path(name))
+    ideal = SECONDS * -(-CELLS // WORKERS)
+    what = f"{CELLS} cells of {SECONDS:g} s, {WORKERS} workers"
+    return [
+        Row(what, "ideal", ratio=wall / ideal, bound=1.08, note=f"{wall:.2f} s of {ideal:.0f} s"),
+        Row(
+            "rerun of it", f"{RERUN:g} s", ratio=again / RERUN, bound=1.0, note=f"{again:.2f} s, no cell run"
+        ),
+    ]
