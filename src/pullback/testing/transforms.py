@@ -205,9 +205,10 @@ def transform_sparse(case: Case) -> None:
     gradient = torch.zeros(4, 3)
     gradient[1] = torch.tensor([0.5, -0.2, 0.1])
     weight.grad = gradient.to_sparse(1)
-    with attach(torch.optim.SGD([weight], lr=0.05), built(case)) as attachment:
+    optimizer = torch.optim.SGD([weight], lr=0.05)
+    with attach(optimizer, built(case)):
         try:
-            attachment.optimizer.step()
+            optimizer.step()
         except (RuntimeError, ValueError, TypeError) as error:
             if "sparse" in str(error).lower() and "SparseCPU" not in str(error):
                 return
