@@ -73,13 +73,26 @@ def task_gradients(
 
     Returns:
         ``gradients[loss][param]``; ``None`` where a loss does not reach a parameter.
+
+    Raises:
+        RuntimeError: if a compiled model gave away the buffers that a second pass needs.
     """
     devices = {param.device.index for param in params if param.device.type == "cuda"}
     with torch.random.fork_rng(devices=sorted(devices)):  # backward passes may draw, as in checkpoints
-        return [
-            list(torch.autograd.grad(loss, params, grad_outputs=factor, retain_graph=True, allow_unused=True))
-            for loss, factor in zip(losses, factors, strict=True)
-        ]
+        return [_gradient(loss, factor, params) for loss, factor in zip(losses, factors, strict=True)]
+
+
+def _gradient(loss: Tensor, factor: Tensor | None, params: Sequence[Tensor]) -> list[Tensor | None]:
+    try:
+        found = torch.autograd.grad(loss, params, grad_outputs=factor, retain_graph=True, allow_unused=True)
+    except RuntimeError as error:
+        if "donated buffer" not in str(error):
+            raise
+        raise RuntimeError(
+            "the compiled model must let its graph be used twice, got one whose backward pass was compiled to give its "
+            "buffers away. Set torch._functorch.config.donated_buffer = False before the first backward pass."
+        ) from error
+    return list(found)
 
 
 def count_present(gradients: Sequence[Tensor | None]) -> int:

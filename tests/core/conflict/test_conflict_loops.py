@@ -157,6 +157,23 @@ def test_a_compiled_model(form):
         sum(losses.values()).backward()  # the graph is still there
 
 
+def test_a_compiled_model_that_gave_its_buffers_away_is_refused_and_goes_on():
+    model = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.LayerNorm(8), nn.Softplus(), nn.Linear(8, 2))
+    compiled = torch.compile(model, backend="aot_eager")
+
+    def step():
+        out = compiled(torch.ones(3, 4))
+        return {"depth": out[:, 0].sum(), "seg": out.square().sum()}
+
+    sum(step().values()).backward()  # compiles the backward pass for one use
+    losses = step()
+    with pytest.raises(RuntimeError, match=r"must let its graph be used twice.*donated_buffer = False"):
+        ConflictMonitor(compiled, TASKS)(losses)
+    model.zero_grad()
+    sum(losses.values()).backward()
+    assert model[0].weight.grad.abs().sum() > 0
+
+
 def test_a_checkpointed_trunk():
     model = build().train()
     x = torch.randn(8, 4)
