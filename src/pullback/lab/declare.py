@@ -5,6 +5,7 @@ Everything here is a frozen dataclass of plain values, so that a declaration can
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -33,6 +34,25 @@ Run: TypeAlias = Callable[[Any, str, Hyperparameters, int, Log], Mapping[str, fl
 """``run(cfg, arm, hp, seed, log) -> metrics``: one training run, with no globals."""
 
 
+# --- checks --------------------------------------------------------------------------------------------------------
+
+
+def _of(where: str, value: object, types: type | tuple[type, ...], fix: str) -> None:
+    """Refuse a field of another type, in the file that declares it and before anything has run."""
+    wanted = types if isinstance(types, tuple) else (types,)
+    if not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted):
+        names = " or ".join(each.__name__ for each in wanted)
+        raise TypeError(f"{where} must be of type {names}, got {value!r:.80}. {fix}")
+
+
+def _word(where: str, value: object) -> None:
+    """Refuse a name that is empty, or that no file and no database can hold."""
+    _of(where, value, str, "Give it a short text.")
+    text = str(value)
+    if not text.strip() or any("\ud800" <= c <= "\udfff" for c in text):
+        raise ValueError(f"{where} must be a text of ordinary characters, got {value!r:.80}. Rename it.")
+
+
 # --- arms ----------------------------------------------------------------------------------------------------------
 
 
@@ -56,7 +76,13 @@ class Arms:
     others: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        for field_name in ("rivals", "others"):
+            _of(
+                f"Arms.{field_name}", getattr(self, field_name), (tuple, list), "Write ('name',) for one arm."
+            )
         names = self.names()
+        for name in names:
+            _word("the name of an arm", name)
         if len(set(names)) != len(names):
             raise ValueError(f"arms must have distinct names, got {list(names)}. Rename the repeated one.")
 
@@ -74,6 +100,9 @@ class Arms:
 # --- what is measured and claimed ----------------------------------------------------------------------------------
 
 
+_NOT_GIVEN = math.nan  # known by its identity
+
+
 @dataclass(frozen=True)
 class Metric:
     """One number that a run returns.
@@ -82,13 +111,29 @@ class Metric:
         name: key in the mapping that ``run`` returns.
         better: ``"higher"`` or ``"lower"``.
         unit: how the number is shown, for example ``"fraction"`` (printed as per cent) or ``"nats"``.
-        worst: the score that a failed, diverged or timed-out run is given.
+        worst: the score that a failed, diverged or timed-out run is given: 0 where higher is better, unless you say
+            otherwise; where lower is better 0 would be the best one, so that you must give it.
     """
 
     name: str
     better: Literal["higher", "lower"] = "higher"
     unit: str = ""
-    worst: float = 0.0
+    worst: float = _NOT_GIVEN
+
+    def __post_init__(self) -> None:
+        _word("Metric.name", self.name)
+        if self.worst is _NOT_GIVEN:
+            if self.better == "lower":
+                raise ValueError(
+                    f"Metric.worst must be given where lower is better, got nothing for {self.name!r:.80}. "
+                    "Give the score that a run which failed deserves, for example that of guessing."
+                )
+            object.__setattr__(self, "worst", 0.0)
+        if self.better not in ("higher", "lower"):
+            raise ValueError(
+                f"Metric.better must be 'higher' or 'lower', got {self.better!r:.80}. Choose one."
+            )
+        _of("Metric.worst", self.worst, (int, float), "Give the score of a run that failed.")
 
 
 @dataclass(frozen=True)
@@ -100,6 +145,12 @@ class Greater:
     by: float = 0.0
     metric: Metric | None = None  # None: the trial's primary metric
 
+    def __post_init__(self) -> None:
+        _of("Greater.by", self.by, (int, float), "Give the margin in the metric's unit.")
+        _of(
+            "Greater.metric", self.metric, (Metric, type(None)), "Give a Metric, or None for the primary one."
+        )
+
 
 @dataclass(frozen=True)
 class Equivalent:
@@ -109,6 +160,15 @@ class Equivalent:
     than: str
     within: float
     metric: Metric | None = None
+
+    def __post_init__(self) -> None:
+        _of("Equivalent.within", self.within, (int, float), "Give the margin in the metric's unit.")
+        _of(
+            "Equivalent.metric",
+            self.metric,
+            (Metric, type(None)),
+            "Give a Metric, or None for the primary one.",
+        )
 
 
 Claim: TypeAlias = Greater | Equivalent
@@ -184,6 +244,10 @@ class Seeds:
     def __post_init__(self) -> None:
         object.__setattr__(self, "test", tuple(self.test))
         object.__setattr__(self, "tune", tuple(self.tune))
+        for seed in (*self.test, *self.tune):
+            _of("a seed", seed, int, "Use whole numbers such as range(8).")
+            if not -(2**63) <= seed < 2**63:
+                raise ValueError(f"a seed must lie within 64 bits, got {seed}. Use numbers such as range(8).")
         both = sorted(set(self.test) & set(self.tune))
         if both:
             raise ValueError(
@@ -260,6 +324,38 @@ class Trial:
     also: tuple[Claim, ...] = ()
     timeout: float = 600.0
     figures: Sequence[Figure] = (PairedSeeds(),)
+
+    def __post_init__(self) -> None:
+        _word("Trial.title", self.title)
+        _word("Trial.name", self.name)
+        _of("Trial.arms", self.arms, Arms, "Write Arms(baseline=..., method=...).")
+        _of("Trial.primary", self.primary, Metric, "Write Metric('name').")
+        _of("Trial.seeds", self.seeds, Seeds, "Write Seeds(test=..., tune=...).")
+        _of("Trial.timeout", self.timeout, (int, float), "Give seconds.")
+        _of("Trial.tune", self.tune, (Tune, type(None)), "Write Tune(trials=..., select=...), or None.")
+        _of(
+            "Trial.claim",
+            self.claim,
+            (Greater, Equivalent, type(None)),
+            "Write Greater(...) or Equivalent(...).",
+        )
+        for field_name in ("sizes", "hp"):
+            _of(f"Trial.{field_name}", getattr(self, field_name), Mapping, "Write {name: value}.")
+        for claim in self.also:
+            _of(
+                "a claim in Trial.also",
+                claim,
+                (Greater, Equivalent),
+                "Write Greater(...) or Equivalent(...).",
+            )
+        for figure in self.figures:
+            _of("a figure", figure, (PairedSeeds, Curves, Drawing), "Write PairedSeeds() or Curves('name').")
+        for arm, values in self.hp.items():
+            _of(f"Trial.hp[{arm!r}]", values, Mapping, "Write {arm: {name: value}}.")
+        if not callable(self.run):
+            raise TypeError(
+                f"Trial.run must be a function, got {self.run!r:.80}. Pass it without calling it."
+            )
 
     def main_claim(self) -> Claim:
         """The declared claim, or the default one: the method is better than the baseline."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -94,12 +95,15 @@ class TrialResult:
     provenance: Mapping[str, Any]
 
     def scores(self, arm: str, metric: str | None = None) -> dict[int, float]:
-        """Final value of ``metric`` (None: the primary one) by seed; a failed run has the worst score."""
+        """Final value of ``metric`` (None: the primary one) by seed.
+
+        A failed run has the worst score; a run that did not return ``metric`` has NaN.
+        """
         primary = self.declaration["primary"]
         wanted = metric or primary["name"]
-        worst = float(self.declaration["metrics"][wanted]["worst"])
+        worst = float(self.declaration["metrics"].get(wanted, {}).get("worst", math.nan))
         return {
-            c.seed: float(c.metrics[wanted]) if c.status == "done" else worst
+            c.seed: float(c.metrics.get(wanted, math.nan)) if c.status == "done" else worst
             for c in self.cells
             if c.arm == arm
         }

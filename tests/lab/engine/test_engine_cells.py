@@ -75,7 +75,7 @@ def test_claim_hash_holds_promises_only():
     assert claim_hash(trial(title="other", seeds=Seeds(test=(7, 8)), timeout=3.0)) == kept
     for change in (
         {"arms": Arms("a", "c")},
-        {"primary": Metric("m", better="lower")},
+        {"primary": Metric("m", better="lower", worst=1.0)},
         {"primary": Metric("m", worst=-1.0)},
         {"claim": Greater("b", than="a", by=0.01)},
         {"also": (Greater("a", than="b"),)},

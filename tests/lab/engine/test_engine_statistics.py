@@ -20,7 +20,7 @@ from pullback.lab.statistics import (
     with_holm,
 )
 
-UP, DOWN = Metric("m"), Metric("m", better="lower")
+UP, DOWN = Metric("m"), Metric("m", better="lower", worst=1.0)
 CLAIM = Greater("a", than="b")
 
 
@@ -202,7 +202,7 @@ def test_sentence_in_percentage_points_with_the_gap():
 
 
 def test_a_lower_loss_reads_as_lower():
-    metric = Metric("loss", better="lower", unit="nats")
+    metric = Metric("loss", better="lower", unit="nats", worst=9.0)
     found, _ = judged({"base": 2 - NOISE, "method": 1 + NOISE}, primary=metric)
     assert found.sentence.startswith("Loss of method is 1 nats lower than that of base (95 % interval ")
     worse, _ = judged({"base": 1 - NOISE, "method": 2 + NOISE}, primary=metric)

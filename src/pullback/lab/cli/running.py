@@ -21,6 +21,7 @@ from pullback.lab.engine import (
     studies_of,
     tune_trial,
 )
+from pullback.lab.engine.cells import check_trial
 from pullback.lab.engine.reference import nearest, room_names
 from pullback.lab.result import TrialResult
 from pullback.lab.store import Store
@@ -96,6 +97,7 @@ def check(refs: Sequence[StudyRef], plan: Plan) -> None:
         raise UsageError(f"--workers must be >= 1, got {plan.workers}. Leave it out to use every core.")
     for ref in refs:
         trial = ref.resolve()
+        check_trial(trial, ref)
         if plan.size not in trial.sizes:
             raise UsageError(
                 f"{ref.label} has no size {plan.size!r}. {nearest(plan.size, list(trial.sizes))}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import hashlib
+import inspect
 import json
 import math
 from collections.abc import Mapping
@@ -77,7 +78,8 @@ def canonical(value: Any, where: str = "value") -> Any:
             "set": sorted((canonical(v, where) for v in value), key=lambda v: json.dumps(v, sort_keys=True))
         }
     raise TrialError(
-        f"{where} must be made of plain values, got {type(value).__name__}. Use a frozen dataclass."
+        f"{where} must be made of plain values, got {type(value).__name__}. "
+        "Use Python's own numbers, texts and lists, or a frozen dataclass of them."
     )
 
 
@@ -121,6 +123,7 @@ def check_trial(trial: Trial, ref: StudyRef) -> None:
     unknown = sorted((set(trial.hp) | set(trial.tune.only if trial.tune else ())) - {*arms, "*"})
     if unknown:
         raise TrialError(f"{ref.source}: hyperparameters for unknown arm {unknown[0]!r}. {known}")
+    _check_run(trial, ref)
     if not trial.timeout > 0:
         raise TrialError(
             f"{ref.source}: timeout must be > 0 seconds, got {trial.timeout}. Give the limit of one run."
@@ -129,6 +132,20 @@ def check_trial(trial: Trial, ref: StudyRef) -> None:
         raise TrialError(
             f"{ref.source}: test seeds must be distinct, got {list(trial.seeds.test)}. Change Seeds.test."
         )
+
+
+def _check_run(trial: Trial, ref: StudyRef) -> None:
+    """Refuse a run function that cannot be called as runs are."""
+    try:
+        signature = inspect.signature(trial.run)
+    except ValueError:  # some compiled functions have none
+        return
+    try:
+        signature.bind(None, "", {}, 0, None)
+    except TypeError as error:
+        raise TrialError(
+            f"{ref.source}: run must take (cfg, arm, hp, seed, log), got {signature}. Add what is missing."
+        ) from error
 
 
 def claim_hash(trial: Trial) -> str:
@@ -186,7 +203,7 @@ def cell_key(
         "hp": dict(hp),
         "seed": seed,
     }
-    return digest(parts, f"size {size!r}")
+    return digest(parts, f"arm {arm!r} at size {size!r}: cell")
 
 
 def make_cell(

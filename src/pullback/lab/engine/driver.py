@@ -6,7 +6,7 @@ import contextlib
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -217,7 +217,7 @@ class Drive:
         statuses = {r.status for r in self.results.values()}
         if statuses == {"failed"} and len(self.results) >= min(HOPELESS, len(self.results) + self.missing()):
             count = len(self.results)
-            hint = "To run failed cells again without a change of the code, ask for a retry of failed cells."
+            hint = "They run again when the code changes, or with --retry-failed (retry_failed=True)."
             raise TrialError(
                 f"{result.error} All of the first {count} runs failed. {hint}", traceback_text=text
             )
@@ -229,7 +229,7 @@ class Drive:
         message = ""
         if outcome.status != "done":
             ended = f"worked in a fresh process and ended as {outcome.status!r} in a used one"
-            message = f"{where(cell)}: run {ended}. {_CAUSES}"
+            message = f"{where(cell)}: run {ended}. {_CAUSES} There it ended so: {outcome.error}"
         for name in cell.needs if outcome.status == "done" else ():
             before, after = first.metrics[name], outcome.metrics[name]
             if float(before).hex() != float(after).hex():
@@ -251,6 +251,15 @@ _CAUSES = (
     "Usual causes: a model, list or cache at module level that run changes, or a generator that is not seeded from "
     "seed. Make them inside run."
 )
+
+
+def worst_of(metric: Metric, results: Iterable[CellResult]) -> float:
+    """What a run without a score counts: the metric's worst, or the worst finished score where that is worse."""
+    scores = [r.metrics.get(metric.name, math.nan) for r in results if r.status == "done"]
+    known = [float(metric.worst), *(value for value in scores if math.isfinite(value))]
+    if math.isnan(known[0]):
+        return known[0]
+    return max(known) if metric.better == "lower" else min(known)
 
 
 def score(result: CellResult, metric: Metric) -> float:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pullback.lab import statistics, tuning
-from pullback.lab.declare import Equivalent, Greater, Study, Trial
+from pullback.lab.declare import Equivalent, Greater, Metric, Study, Trial
 from pullback.lab.engine.cells import Cell, check_trial, claim_hash, digest, make_cell, metrics_of
 from pullback.lab.engine.code import code_hash
-from pullback.lab.engine.driver import Drive, Plan, score
+from pullback.lab.engine.driver import Drive, Plan, score, worst_of
 from pullback.lab.engine.errors import TrialError
 from pullback.lab.engine.events import OnEvent
 from pullback.lab.engine.executors import Executor
@@ -216,13 +216,14 @@ def _tuned(
     if tune is None:
         raise TrialError(f"{ref.label} declares no tuning. Add tune=Tune(...) to the declaration.")
     sign = 1.0 if tune.select.better == "higher" else -1.0
+    select = dataclasses.replace(tune.select, worst=worst_of(tune.select, results.values()))
     traces: dict[str, list[dict[str, Any]]] = {}
     at_edge: dict[str, tuple[str, ...]] = {}
     for arm, rows in grid.items():
         trace = []
         for point, cells in zip(points[arm], rows, strict=True):
             runs = [results[cell.key] for cell in cells]
-            mean = sum(score(r, tune.select) for r in runs) / len(runs)
+            mean = sum(score(r, select) for r in runs) / len(runs)
             trace.append({"hp": point, "score": mean, "seconds": sum(r.seconds for r in runs)})
         # A stable sort: of equal scores the earlier point wins, in every run of the tuning.
         traces[arm] = sorted(trace, key=lambda p: -sign * p["score"])
@@ -253,7 +254,8 @@ def _result(
     cells: list[CellResult],
     store: Store,
 ) -> TrialResult:
-    metrics = metrics_of(trial)
+    metrics, note = _judged(trial, cells)
+    settings = dataclasses.replace(settings, note=f"{settings.note} {note}".strip())
     scores = {
         name: {arm: {c.seed: score(c, metric) for c in cells if c.arm == arm} for arm in trial.arms.names()}
         for name, metric in metrics.items()
@@ -269,7 +271,7 @@ def _result(
         size=size,
         claim_hash=claim,
         code_hash=code,
-        declaration=declaration(trial, ref, settings, cells),
+        declaration=declaration(trial, ref, settings, cells, metrics),
         arms=_arms(trial, ref, settings, store),
         cells=cells,
         comparisons=comparisons,
@@ -293,11 +295,30 @@ def _arms(trial: Trial, ref: StudyRef, settings: Settings, store: Store) -> list
     ]
 
 
+def _judged(trial: Trial, cells: Sequence[CellResult]) -> tuple[dict[str, Metric], str]:
+    """The declared metrics, with a worst score that no finished run undercuts where runs failed, and what to say."""
+    metrics = metrics_of(trial)
+    if all(c.status == "done" for c in cells):
+        return metrics, ""
+    judged = {name: dataclasses.replace(m, worst=worst_of(m, cells)) for name, m in metrics.items()}
+    told = [
+        f"A run without {name} counts as {judged[name].worst:.4g}, the worst of all: "
+        f"the declared {metric.worst:.4g} is better than some that finished."
+        for name, metric in metrics.items()
+        if math.isfinite(metric.worst) and judged[name].worst != metric.worst
+    ]
+    return judged, " ".join(told)
+
+
 def declaration(
-    trial: Trial, ref: StudyRef, settings: Settings, cells: Sequence[CellResult]
+    trial: Trial,
+    ref: StudyRef,
+    settings: Settings,
+    cells: Sequence[CellResult],
+    judged: Mapping[str, Metric],
 ) -> dict[str, Any]:
     """What was declared beforehand, as plain values for the page and the evidence."""
-    metrics = {name: dataclasses.asdict(metric) for name, metric in metrics_of(trial).items()}
+    metrics = {name: dataclasses.asdict(metric) for name, metric in judged.items()}
     for name in sorted({n for c in cells for n in c.metrics} - set(metrics)):
         metrics[name] = {"name": name, "better": "higher", "unit": "", "worst": math.nan}
     tune = trial.tune

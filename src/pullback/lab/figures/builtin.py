@@ -92,7 +92,7 @@ def _label(metric: Mapping[str, Any]) -> str:
     return f"{name} ({short(unit)})" if unit and unit != "fraction" else name
 
 
-def paired_seeds(result: TrialResult, metric: str | None = None, *, width: float = WIDE) -> Figure:
+def paired_seeds(result: TrialResult, metric: str | None = None, *, width: float = WIDE) -> Figure | None:
     """Every seed of every arm as a point, the same seed joined by a faint line, the mean as a bar.
 
     Runs that failed stand at the worst score as crosses; numbers that the paper printed are marks of their own.
@@ -103,11 +103,16 @@ def paired_seeds(result: TrialResult, metric: str | None = None, *, width: float
         width: inches.
 
     Returns:
-        The figure.
+        The figure, or None when no run has a finite score.
     """
     what = metric_of(result, metric)
-    scores = {arm.name: result.scores(arm.name, metric) for arm in result.arms}
+    scores = {
+        arm.name: {seed: v for seed, v in result.scores(arm.name, metric).items() if math.isfinite(v)}
+        for arm in result.arms
+    }
     shown = [arm for arm in result.arms if scores[arm.name]]
+    if not shown:
+        return None
     names = [arm.name for arm in shown]
     colours, marks = arm_colours(result.arms), arm_markers(result.arms)
     failed = {(c.arm, c.seed) for c in result.cells if c.status != "done"}
