@@ -22,8 +22,9 @@ import numpy as np
 from pullback.lab.engine.cells import Cell, digest
 from pullback.lab.engine.codec import EvidenceError, decode, encode, numeric_dtype
 from pullback.lab.engine.lock import DriverLock, LockedError
-from pullback.lab.engine.worker import Outcome
+from pullback.lab.engine.worker import Outcome, text_of
 from pullback.lab.result import CellResult, TrialResult
+from pullback.lab.tuning import trace_hash
 
 SCHEMA_VERSION = 1
 APPLICATION_ID = 0x70756C6C  # "pull"
@@ -144,6 +145,8 @@ class Store:
             yield
         except LockedError as error:
             raise StoreError(str(error)) from error
+        except UnicodeError as error:
+            raise self._damaged(error) from error
         except sqlite3.DatabaseError as error:
             text = str(error)
             if any(sign in text for sign in _SIGNS_OF_DAMAGE):
@@ -209,9 +212,9 @@ class Store:
             for name, a in outcome.arrays.items()
         ]
         row = (
-            cell.key, cell.ref.label, cell.size, cell.arm, json.dumps(dict(cell.hp), sort_keys=True), cell.seed,
-            outcome.status, outcome.seconds, outcome.error, outcome.traceback_text, int(outcome.contract), time.time(),
-            content_digest(result),
+            cell.key, text_of(cell.ref.label), cell.size, cell.arm, json.dumps(dict(cell.hp), sort_keys=True),
+            cell.seed, outcome.status, outcome.seconds, outcome.error, outcome.traceback_text,
+            int(outcome.contract), time.time(), content_digest(result),
         )  # fmt: skip
         with self._transaction() as db:
             for table in _CONTENT:
@@ -245,18 +248,8 @@ class Store:
             hp = json.loads(text)
         except ValueError as fault:
             raise self._damaged(f"hyperparameters of cell {key[:12]}: {fault}") from fault
-        result = CellResult(
-            arm,
-            seed,
-            hp,
-            status,
-            {n: _number(v) for n, v in metrics},
-            seconds,
-            key,
-            error,
-            curves,
-            arrays,
-        )
+        scores = {name: _number(value) for name, value in metrics}
+        result = CellResult(arm, seed, hp, status, scores, seconds, key, error, curves, arrays)
         if content_digest(result) != kept:
             raise self._damaged(f"cell {key[:12]} of arm {arm!r}, seed {seed} does not match its SHA-256")
         return result
@@ -284,19 +277,24 @@ class Store:
 
     def trouble(self, key: str) -> tuple[bool, str]:
         """Whether ``run`` broke its contract in this cell, and the traceback that was kept."""
-        row = self._db.execute("SELECT contract, traceback FROM cells WHERE key = ?", (key,)).fetchone()
+        row = self._row("SELECT contract, traceback FROM cells WHERE key = ?", key)
         return (False, "") if row is None else (bool(row[0]), row[1])
 
     def seconds_by_arm(self, label: str, size: str) -> dict[str, float]:
         """Mean duration of the finished cells of a trial, by arm."""
         query = "SELECT arm, avg(seconds) FROM cells WHERE label = ? AND size = ? AND status = 'done' GROUP BY arm"
-        return dict(self._db.execute(query, (label, size)).fetchall())
+        with self._clear_errors("read"):
+            return dict(self._db.execute(query, (text_of(label), size)).fetchall())
+
+    def _row(self, query: str, *values: str) -> tuple[Any, ...] | None:
+        with self._clear_errors("read"):
+            return self._db.execute(query, values).fetchone()
 
     # --- checks, tuning, results -----------------------------------------------------------------------------------
 
     def check(self, version: str) -> str | None:
         """Outcome of the leak check of a trial's version: None if it was not made, "" if it passed, else the fault."""
-        row = self._db.execute("SELECT message FROM checks WHERE version = ?", (version,)).fetchone()
+        row = self._row("SELECT message FROM checks WHERE version = ?", version)
         return None if row is None else row[0]
 
     def save_check(self, version: str, message: str) -> None:
@@ -305,32 +303,51 @@ class Store:
             db.execute("INSERT OR REPLACE INTO checks VALUES (?, ?)", (version, message))
 
     def tuning(self, label: str, sha256: str) -> dict[str, Any] | None:
-        """The trace of the tuning with this hash, if this store has it."""
-        query = "SELECT trace FROM tunings WHERE label = ? AND sha256 = ?"
-        row = self._db.execute(query, (label, sha256)).fetchone()
-        return None if row is None else json.loads(row[0])
+        """The trace of the tuning with this hash, if this store has it.
+
+        Raises:
+            StoreError: if it is damaged.
+        """
+        row = self._row("SELECT trace FROM tunings WHERE label = ? AND sha256 = ?", text_of(label), sha256)
+        if row is None:
+            return None
+        try:
+            kept: dict[str, Any] = json.loads(row[0])
+            if trace_hash(kept["traces"]) != sha256:
+                raise ValueError("it does not match its SHA-256")
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise self._damaged(f"the tuning of {label}: {error}") from error
+        return kept
 
     def save_tuning(self, label: str, sha256: str, trace: Mapping[str, Any]) -> None:
         """Keep every point of a tuning."""
         with self._transaction() as db:
             db.execute(
-                "INSERT OR REPLACE INTO tunings VALUES (?, ?, ?)", (label, sha256, json.dumps(encode(trace)))
+                "INSERT OR REPLACE INTO tunings VALUES (?, ?, ?)",
+                (text_of(label), sha256, json.dumps(encode(trace))),
             )
 
     def save_result(self, result: TrialResult) -> None:
         """Keep the outcome of a trial at one size; the cells stay where they are and are named by key."""
         head = encode(result) | {"cells": []}
         text, keys = json.dumps(head, sort_keys=True), json.dumps([c.key for c in result.cells])
-        source = result.room or str(result.declaration.get("file", ""))
-        row = (source, result.name, result.size, result.room, text, keys, digest([text, keys]), time.time())
+        row = (
+            _source(result),
+            result.name,
+            result.size,
+            result.room,
+            text,
+            keys,
+            digest([text, keys]),
+            time.time(),
+        )
         with self._transaction() as db:
             db.execute("INSERT OR REPLACE INTO results VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
 
     def result(self, like: TrialResult) -> TrialResult | None:
         """The kept outcome of the same trial and size, if there is one."""
-        source = like.room or str(like.declaration.get("file", ""))
         query = "SELECT name, head, keys, digest FROM results WHERE source = ? AND name = ? AND size = ?"
-        row = self._db.execute(query, (source, like.name, like.size)).fetchone()
+        row = self._row(query, _source(like), like.name, like.size)
         return None if row is None else self._result(*row)
 
     def results(self, room: str | None = None) -> list[TrialResult]:
@@ -345,7 +362,7 @@ class Store:
         return [self._result(*row[:4]) for row in rows]
 
     def _result(self, name: str, head: str, keys: str, kept: str) -> TrialResult:
-        if digest([head, keys]) != kept:
+        if not (isinstance(head, str) and isinstance(keys, str)) or digest([head, keys]) != kept:
             raise self._damaged(f"the result {name!r} does not match its SHA-256")
         listed = json.loads(keys)
         cells = [cell for key in listed if (cell := self.get(key)) is not None]
@@ -356,6 +373,10 @@ class Store:
         if len(cells) != len(listed):
             raise self._damaged(f"a cell of the result {name!r} is missing")
         return replace(result, cells=cells)
+
+
+def _source(result: TrialResult) -> str:
+    return result.room or text_of(result.declaration.get("file", ""))
 
 
 def content_digest(result: CellResult) -> str:

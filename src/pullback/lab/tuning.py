@@ -175,7 +175,7 @@ class Tuned:
 def trace_hash(traces: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """SHA-256 of every point and score of a tuning; durations are left out, they differ from run to run."""
     kept = {
-        arm: [{"hp": dict(p["hp"]), "score": repr(p["score"])} for p in trace]
+        arm: [{"hp": dict(p["hp"]), "score": repr(float(p["score"]))} for p in trace]
         for arm, trace in traces.items()
     }
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()

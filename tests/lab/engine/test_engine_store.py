@@ -15,6 +15,7 @@ from pullback.lab import Store, StudyRef
 from pullback.lab.engine.cells import Cell
 from pullback.lab.engine.worker import Outcome
 from pullback.lab.store import SCHEMA_VERSION, StoreError
+from pullback.lab.tuning import trace_hash
 
 REF = StudyRef(file="/toy.py")
 
@@ -237,3 +238,36 @@ def test_a_full_disk_loses_nothing(tmp_path):
     with Store(path) as store:
         assert store.get("first").metrics == {"m": 1.0}
         assert store.get("large") is None
+
+
+def test_no_flipped_bit_escapes_any_reader(tmp_path):
+    traces = {"a": [{"hp": {"lr": 0.1, "name": "x"}, "score": math.inf, "seconds": 1.0}] * 3}
+    sha256 = trace_hash(traces)
+    path = tmp_path / "s.sqlite"
+    with Store(path) as store:
+        store.add(cell(), Outcome("failed", error="why", traceback_text="tb"))
+        store.save_check("v", "it leaks")
+        store.save_tuning("toy/main", sha256, {"traces": traces, "at_edge": {}})
+        kept = store.tuning("toy/main", sha256)
+    assert float(kept["traces"]["a"][0]["score"]) == math.inf
+    good = path.read_bytes()
+    rng = np.random.default_rng(1)
+    refused = []
+    for number, position in enumerate(rng.integers(16, len(good), 300)):
+        data = bytearray(good)
+        data[position] ^= 1 << int(rng.integers(8))
+        copy = tmp_path / f"f{number}.sqlite"
+        copy.write_bytes(data)
+        try:
+            with Store(copy, read_only=True) as store:
+                store.check("v")
+                store.trouble("k")
+                store.seconds_by_arm("toy.py:main", "full")
+                store.results()
+                found = store.tuning("toy/main", sha256)
+            # The hash covers points and scores, not durations.
+            assert found is None or trace_hash(found["traces"]) == sha256
+        except StoreError as error:
+            refused.append(str(error))
+    assert len(refused) > 10
+    assert all("Nothing was deleted" in text or "another" in text or "Update" in text for text in refused)

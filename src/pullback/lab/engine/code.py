@@ -8,6 +8,7 @@ import importlib.util
 from functools import lru_cache
 from pathlib import Path
 
+import pullback
 from pullback.lab.engine.errors import TrialError
 from pullback.lab.engine.reference import METHODS, StudyRef
 
@@ -32,8 +33,8 @@ def _is_bare_string(statement: ast.stmt) -> bool:
     return isinstance(value, ast.Constant) and isinstance(value.value, str)
 
 
-def source_hash(text: str) -> str:
-    """SHA-256 of Python source without its comments, docstrings and layout."""
+def source_hash(text: str | bytes) -> str:
+    """SHA-256 of Python source without its comments, docstrings and layout; bytes may name their encoding."""
     tree = _Bare().visit(ast.parse(text))
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
 
@@ -55,10 +56,10 @@ def code_hash(ref: StudyRef) -> str:
         if path in seen:
             continue
         seen[path], imported = _read(path)
-        todo += [file for name in imported for file in _files_of(name, folder)]
+        todo += [file for name in imported for file in _files_of(name, path, folder)]
     total = hashlib.sha256()
     for name, value in sorted((path.name, value) for path, value in seen.items()):
-        total.update(f"{name}\0{value}\n".encode())
+        total.update(f"{name}\0{value}\n".encode(errors="surrogatepass"))
     return total.hexdigest()
 
 
@@ -78,30 +79,50 @@ def _read(path: Path) -> tuple[str, tuple[str, ...]]:
 
 @lru_cache(maxsize=1024)
 def _parsed(path: Path, _modified: int) -> tuple[str, tuple[str, ...]]:
-    text = path.read_text(encoding="utf-8")
-    return source_hash(text), tuple(sorted(_imports(ast.parse(text))))
+    source = path.read_bytes()  # bytes: Python itself sees to a byte-order mark and to a coding line
+    return source_hash(source), tuple(sorted(_imports(ast.parse(source))))
 
 
 def _imports(tree: ast.Module) -> set[str]:
-    names: set[str] = set()
+    """Dotted names of imported modules, those of relative imports with their dots in front."""
+    names, ours = set[str](), {"pullback"}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return names
+            ours |= {alias.asname for alias in node.names if alias.name == "pullback" and alias.asname}
+        elif isinstance(node, ast.ImportFrom):
+            dots, module = "." * node.level, node.module or ""
+            names.add(dots + module)
+            names |= {f"{dots}{module}{'.' if module else ''}{alias.name}" for alias in node.names}
+    uses = (node for node in ast.walk(tree) if isinstance(node, ast.Attribute))
+    # ``pullback.attach``: a public name, loaded late
+    return names | {
+        f"pullback.{u.attr}" for u in uses if isinstance(u.value, ast.Name) and u.value.id in ours
+    }
+
+
+def _files_of(name: str, importer: Path, folder: Path | None) -> tuple[Path, ...]:
+    """Source files of a followed module and of the packages above it; none for everybody else's modules."""
+    bare = name.lstrip(".")
+    parts = tuple(bare.split(".")) if bare else ()
+    if level := len(name) - len(bare):
+        return _sources(importer.parents[min(level, len(importer.parents)) - 1], parts)
+    if parts[0] == "pullback":
+        home = _public_homes().get(bare, bare)
+        inside = tuple(home.split(".")[1:])
+        return _sources(Path(__file__).parents[2], inside) if home.startswith(_FOLLOWED) else ()
+    return () if folder is None else _sources(folder, parts)
 
 
 @lru_cache(maxsize=4096)
-def _files_of(name: str, folder: Path | None) -> tuple[Path, ...]:
-    """Source files of a followed module and of the packages above it; none for everybody else's modules."""
-    if name.startswith(_FOLLOWED):
-        root = Path(__file__).parents[2]
-        parts = name.split(".")[1:]
-    elif folder is not None and not name.startswith("pullback"):
-        root, parts = folder, name.split(".")
-    else:
-        return ()
+def _sources(root: Path, parts: tuple[str, ...]) -> tuple[Path, ...]:
     stems = [root.joinpath(*parts[:depth]) for depth in range(1, len(parts) + 1)]
     candidates = [f for stem in stems for f in (stem.with_suffix(".py"), stem / "__init__.py")]
     return tuple(f for f in candidates if f.is_file())
+
+
+@lru_cache(maxsize=1)
+def _public_homes() -> dict[str, str]:
+    """The module behind each public name, so that ``from pullback import GradientNoise`` counts as its room."""
+    exports = pullback._exports()  # ty: ignore[missing-attribute] (left out of the stub)
+    return {f"pullback.{name}": module for name, (module, _) in exports.items()}

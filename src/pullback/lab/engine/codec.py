@@ -71,6 +71,8 @@ def decode(expected: Any, data: Any, where: str) -> Any:
         _expect(isinstance(data, dict), data, where, "an object")
         return {k: decode(args[1], v, f"{where}.{k}") for k, v in data.items()}
     right = isinstance(data, expected) and not (expected is int and isinstance(data, bool))
+    if expected is int and right:
+        right = -(2**63) <= data < 2**63
     return _expect(right, data, where, f"a value of type {expected.__name__}")
 
 
@@ -99,12 +101,16 @@ def _decode_dataclass(cls: Any, data: Any, where: str) -> Any:
     }
     for name in sorted(required - set(data)):
         _expect(False, _ABSENT, f"{where}.{name}", "present")
-    return cls(**{name: decode(hints[name], value, f"{where}.{name}") for name, value in data.items()})
+    values = {name: decode(hints[name], value, f"{where}.{name}") for name, value in data.items()}
+    try:
+        return cls(**values)
+    except (TypeError, ValueError) as error:  # a declaration that refuses its own fields
+        raise EvidenceError(f"{where} is no {cls.__name__}: {error} Export the evidence again.") from error
 
 
 def _decode_float(data: Any, where: str) -> float:
     named = data in {"nan", "inf", "-inf"} if isinstance(data, str) else False
-    number = isinstance(data, int | float) and not isinstance(data, bool)
+    number = isinstance(data, float) or (type(data) is int and -(2**63) <= data < 2**63)
     return float(_expect(named or number, data, where, "a number"))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from pebble import ProcessExpired, ProcessPool
 
 from pullback.lab.engine.cells import Cell
 from pullback.lab.engine.errors import TrialError
-from pullback.lab.engine.worker import Outcome, execute, prepare, where
+from pullback.lab.engine.worker import EXIT_IN_CELL, Outcome, execute, prepare, where
 
 MAX_POOL_RESTARTS = 3
 
@@ -161,15 +162,23 @@ def _outcome(future: Future[Outcome], may_retry: bool) -> Outcome | None:
             return None
         return Outcome("failed", error="the worker processes could not be kept alive. Check free memory.")
     except ProcessExpired as error:
-        code = getattr(error, "exitcode", None)
-        cause = "was killed, most often for lack of memory" if code == -9 else f"ended with exit code {code}"
-        return Outcome(
-            "failed", error=f"the worker process {cause}. Make the run smaller or use fewer workers."
-        )
+        return Outcome("failed", error=f"the worker process {_end_of(getattr(error, 'exitcode', None))}")
     except Exception as error:
         return Outcome(
             "failed", error=f"the outcome could not be sent back: {type(error).__name__}: {error}."
         )
+
+
+def _end_of(code: int | None) -> str:
+    """How a worker ended, and what to do about it."""
+    if code == -signal.SIGKILL:
+        return "was killed, most often for lack of memory. Make the run smaller or use fewer workers."
+    if code is not None and code < 0:
+        name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+        return f"crashed with {name}. Look for a fault in compiled code that the run calls."
+    if code == EXIT_IN_CELL:
+        return "was ended from inside the run. Leave os._exit and exec out of it."
+    return f"ended with exit code {code}. Leave out what ends a process: os._exit, a signal, closed files."
 
 
 def _name(cell: Cell, outcome: Outcome) -> Outcome:

@@ -138,7 +138,9 @@ def trials_in_file(file: str) -> dict[str, Trial]:
 def _import_file(file: str) -> ModuleType:
     """Import a file as a module of its own, with its folder importable as for ``python file.py``."""
     path = Path(file)
-    digest = hashlib.sha256(f"{path}\0{os.stat(path).st_mtime_ns}".encode()).hexdigest()[:16]
+    digest = hashlib.sha256(
+        f"{path}\0{os.stat(path).st_mtime_ns}".encode(errors="surrogatepass")
+    ).hexdigest()[:16]
     name = f"pullback_trial_{digest}"
     if name in sys.modules:
         return sys.modules[name]
@@ -152,15 +154,21 @@ def _import_file(file: str) -> ModuleType:
         sys.path.insert(0, folder)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise _import_failure(file, error) from error
     return module
 
 
-def _import_failure(what: str, error: Exception) -> TrialError:
+def _import_failure(what: str, error: BaseException) -> TrialError:
     text = "".join(traceback.format_exception(error))
-    return TrialError(
-        f"{what} cannot be imported: {type(error).__name__}: {error}. Run it with python to see where.",
-        traceback_text=text,
-    )
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == what]
+    # A syntax error names its place itself, and it may lie in another file.
+    line = f" (line {frames[-1].lineno})" if frames and not isinstance(error, SyntaxError) else ""
+    reason = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".")
+    fix = "Correct it there." if line else "Run it with python to see where."
+    if "relative import" in str(error):
+        fix = "A trial's file is imported by itself: write `import helper` for a module beside it."
+    elif isinstance(error, SystemExit):
+        fix = "Keep what ends the process under `if __name__ == '__main__':`."
+    return TrialError(f"{what} cannot be imported: {reason}{line}. {fix}", traceback_text=text)

@@ -30,6 +30,8 @@ from pullback.lab.result import Status
 
 MAX_ARRAY_BYTES = 1_000_000
 EXIT_IN_CELL = 70  # any non-zero code: the pool takes a worker that ends with 0 for one that was told to
+MAX_ERROR_TEXT = 100_000
+MAX_STEP = 2**63 - 1  # the largest whole number that the store holds
 POSITIVE_ZERO = 0.0  # added to every value: SQLite has no -0.0, and a value must read back as it was hashed
 
 _executed = 0  # cells that this process has run
@@ -62,10 +64,18 @@ class CellLog:
         self.arrays: dict[str, np.ndarray] = {}
 
     def value(self, name: str, value: float, step: int) -> None:
-        """Keep one point of the curve ``name``."""
-        steps, values = self.curves.setdefault(str(name), ([], []))
-        steps.append(int(step))
-        values.append(float(value) + POSITIVE_ZERO)
+        """Keep one point of the curve ``name``, or nothing of it.
+
+        Raises:
+            ValueError: if ``step`` is no whole number that the store can hold.
+        """
+        # Both are converted first: a run that catches an error here must not leave half a point behind.
+        number, at = float(value) + POSITIVE_ZERO, int(step)
+        if abs(at) > MAX_STEP:
+            raise ValueError(f"log.value({name!r}) takes a step below 2**63, got {step}. Count steps from 0.")
+        steps, values = self.curves.setdefault(text_of(name), ([], []))
+        steps.append(at)
+        values.append(number)
 
     def array(self, name: str, array: np.ndarray) -> None:
         """Keep a small array; the last one of a name wins.
@@ -80,7 +90,12 @@ class CellLog:
             raise ValueError(
                 f"log.array({name!r}) takes at most 1 MB, got {kept.nbytes} bytes. Thin it or use uint8."
             )
-        self.arrays[str(name)] = kept
+        self.arrays[text_of(name)] = kept
+
+
+def text_of(value: object) -> str:
+    """``str(value)`` without lone surrogates (file names have them), which neither SQLite nor UTF-8 takes."""
+    return str(value).encode("utf-8", "backslashreplace").decode()
 
 
 # --- the process ---------------------------------------------------------------------------------------------------
@@ -105,6 +120,8 @@ def prepare(parent: int) -> None:
     torch.set_deterministic_debug_mode("error")
     threading.Thread(target=_die_with, args=(parent,), daemon=True, name="pullback-orphan-guard").start()
     _report_every_exit()
+    with contextlib.suppress(OSError):  # standard output is for the verdict: what runs print goes beside it
+        os.dup2(2, 1)
 
 
 def _die_with(parent: int) -> None:
@@ -157,14 +174,11 @@ def execute(cell: Cell, *, used: bool = False) -> Outcome:
         returned = trial.run(trial.sizes[cell.size], cell.arm, dict(cell.hp), cell.seed, log)
         outcome = _judge(cell, trial, returned)
     except StaleCodeError as error:
-        return Outcome("failed", error=str(error), stale=True)
+        return Outcome("failed", error=text_of(error), stale=True)
     except TrialError as error:
-        outcome = Outcome("failed", error=str(error), traceback_text=error.traceback_text, contract=True)
-    except (
-        Exception,
-        SystemExit,
-        KeyboardInterrupt,
-    ) as error:  # a run may raise anything; its cell keeps what it was
+        inner = text_of(error.traceback_text)
+        outcome = Outcome("failed", error=text_of(error), traceback_text=inner, contract=True)
+    except BaseException as error:  # a run may raise anything; its cell keeps what it was
         outcome = _raised(cell, error)
     seconds = time.perf_counter() - start
     return replace(outcome, seconds=seconds, curves=log.curves, arrays=log.arrays)
@@ -202,17 +216,27 @@ def _trial_of(ref: StudyRef, code: str) -> Trial:
 
 def where(cell: Cell) -> str:
     """``file: arm 'a', seed 0`` for messages."""
-    return f"{cell.ref.source}: arm {cell.arm!r}, seed {cell.seed}"
+    return text_of(f"{cell.ref.source}: arm {cell.arm!r}, seed {cell.seed}")
 
 
 def _raised(cell: Cell, error: BaseException) -> Outcome:
-    text = "".join(traceback.format_exception(error))
     diverged = isinstance(error, FloatingPointError) or type(error).__name__ == "NonFiniteError"
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f" (line {frames[-1].lineno} of {os.path.basename(frames[-1].filename)})" if frames else ""
-    reason = " ".join(f"{type(error).__name__}: {error}".split())[:2000]
-    message = f"{where(cell)}: run raised {reason}{place}. Correct it, or see the traceback with --debug."
-    return Outcome("diverged" if diverged else "failed", error=message, traceback_text=text)
+    try:
+        said, text = str(error), "".join(traceback.format_exception(error))
+    except Exception as fault:  # an exception whose own text raises
+        said, text = f"(its text cannot be read: {type(fault).__name__})", ""
+    reason = " ".join(f"{type(error).__name__}: {said[:MAX_ERROR_TEXT]}".split()).removesuffix(":")[:2000]
+    message = (
+        f"{where(cell)}: run raised {reason}{_place(error)}. Correct it, or see the traceback with --debug."
+    )
+    status: Status = "diverged" if diverged else "failed"
+    return Outcome(status, error=text_of(message), traceback_text=text_of(text[-MAX_ERROR_TEXT:]))
+
+
+def _place(error: BaseException) -> str:
+    """`` (line 7 of mine.py)``: the innermost line that is not the engine's; empty when there is none."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__]
+    return f" (line {frames[-1].lineno} of {os.path.basename(frames[-1].filename)})" if frames else ""
 
 
 def _judge(cell: Cell, trial: Trial, returned: object) -> Outcome:
@@ -225,35 +249,33 @@ def _judge(cell: Cell, trial: Trial, returned: object) -> Outcome:
     for name, value in returned.items():
         number = _number(value)
         if number is None:
-            shown = " ".join(repr(value).split())[:80]
+            shown = text_of(" ".join(repr(value).split())[:80])
             return _broken(cell, f"metric {name!r} must be a number, got {shown}. Return float(value).")
-        metrics[str(name)] = number + POSITIVE_ZERO
+        metrics[text_of(name)] = number + POSITIVE_ZERO
     for name in cell.needs or (primary,):
         if name not in metrics:
-            got = ", ".join(map(repr, metrics)) or "none"
+            got = ", ".join(repr(known)[:80] for known in list(metrics)[:20]) or "none"
             return _broken(
                 cell, f"run returned no metric {name!r}, got {got}. Add it to the mapping that run returns."
             )
     bad = [name for name in (cell.needs or (primary,)) if not math.isfinite(metrics[name])]
     if bad:
-        message = (
-            f"{where(cell)}: metric {bad[0]!r} is {metrics[bad[0]]}. The run counts with the worst score."
-        )
-        return Outcome("diverged", metrics=metrics, error=message)
+        fault = f"metric {bad[0]!r} is {metrics[bad[0]]}. The run counts with the worst score."
+        return Outcome("diverged", metrics=metrics, error=text_of(f"{where(cell)}: {fault}"))
     return Outcome("done", metrics=metrics)
 
 
 def _broken(cell: Cell, message: str) -> Outcome:
-    return Outcome("failed", error=f"{where(cell)}: {message}", contract=True)
+    return Outcome("failed", error=text_of(f"{where(cell)}: {message}"), contract=True)
 
 
 def _number(value: Any) -> float | None:
     """A real number from python, numpy or a tensor of one element; None for anything else."""
-    if isinstance(value, bool | np.bool_ | str | bytes):
-        return None
-    if isinstance(value, Real):
-        return float(value)
     if getattr(value, "numel", lambda: 0)() == 1 or getattr(value, "size", 0) == 1:
-        item = value.item()
-        return None if isinstance(item, bool) or not isinstance(item, Real) else float(item)
-    return None
+        value = value.item()
+    if isinstance(value, bool | np.bool_) or not isinstance(value, Real):
+        return None
+    try:
+        return float(value)
+    except OverflowError:  # a whole number beyond the largest float
+        return None
