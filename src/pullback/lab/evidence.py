@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from pullback.lab.declare import Metric, PaperResult
 from pullback.lab.engine.codec import EvidenceError, decode, encode
 from pullback.lab.result import CellResult, TrialResult
 
@@ -25,6 +26,17 @@ MAX_ARRAY_BYTES = 256_000
 MAX_FILE_BYTES = 64_000_000
 
 _T = TypeVar("_T", int, float)
+
+_DECLARED: Mapping[str, Any] = {
+    "primary": Metric,
+    "metrics": dict[str, Metric],
+    "paper": PaperResult | None,
+    "claim": dict[str, Any] | None,
+    "also": list[dict[str, Any]] | None,
+    "seeds": dict[str, list[int]] | None,
+    "tuning": dict[str, Any] | None,
+    "figures": list[dict[str, Any]] | None,
+}
 
 
 def to_json(results: Sequence[TrialResult]) -> str:
@@ -84,17 +96,17 @@ def _check(result: TrialResult, room: Any, where: str) -> None:
     """What types cannot say: names that must refer to each other."""
     if result.room != room:
         raise EvidenceError(f"{where}.room must be {room!r}, got {result.room!r}. Export the room again.")
-    primary, metrics = result.declaration.get("primary"), result.declaration.get("metrics")
-    if not isinstance(primary, dict) or not isinstance(metrics, dict) or primary.get("name") not in metrics:
-        raise EvidenceError(
-            f"{where}.declaration must name its primary metric and describe it. Export it again."
-        )
-    for name, metric in metrics.items():
-        decode(
-            float,
-            metric.get("worst") if isinstance(metric, dict) else None,
-            f"{where}.declaration.metrics.{name}",
-        )
+    _check_declaration(result.declaration, f"{where}.declaration")
+    primary = result.declaration["primary"]
+    for c in result.comparisons:
+        if c.wins < 0 or c.wins > 1:
+            raise EvidenceError(
+                f"{where}.comparisons must have wins from 0 to 1, got {c.wins}. Export it again."
+            )
+    for arm in result.arms:
+        for index, point in enumerate(arm.tuning):
+            decode(dict[str, Any], point.get("hp"), f"{where}.arms.{arm.name}.tuning[{index}].hp")
+            decode(float, point.get("score"), f"{where}.arms.{arm.name}.tuning[{index}].score")
     arms = {arm.name for arm in result.arms}
     for cell in result.cells:
         if cell.arm not in arms:
@@ -108,6 +120,22 @@ def _check(result: TrialResult, room: Any, where: str) -> None:
                 raise EvidenceError(
                     f"{where}.cells: curve {name!r} has {len(steps)} steps, {len(values)} values."
                 )
+
+
+def _check_declaration(told: Mapping[str, Any], where: str) -> None:
+    """The parts of a declaration that pages are made of; a result keeps it as plain values."""
+    for name, expected in _DECLARED.items():
+        decode(expected, told.get(name), f"{where}.{name}")
+    primary, metrics = told["primary"], told["metrics"]
+    if primary["name"] not in metrics:
+        raise EvidenceError(f"{where} must describe its primary metric. Export it again.")
+    claims = [claim for claim in (told.get("claim"), *(told.get("also") or ())) if claim is not None]
+    for claim in claims:
+        for name in ("arm", "than", "metric"):
+            decode(str, claim.get(name), f"{where}.claim.{name}")
+    for index, figure in enumerate(told.get("figures") or ()):
+        decode(list[str] | None, figure.get("arms"), f"{where}.figures[{index}].arms")
+        decode(str | None, figure.get("metric"), f"{where}.figures[{index}].metric")
 
 
 # --- thinning ------------------------------------------------------------------------------------------------------
@@ -193,5 +221,11 @@ def read_evidence(folder: str | Path) -> dict[str, list[TrialResult]]:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise EvidenceError(f"{path} cannot be read: {error}. Export it again.") from error
-        found[path.stem] = from_json(text, str(path))
+        results = from_json(text, str(path))
+        for result in results:
+            if result.room != path.stem:
+                raise EvidenceError(
+                    f"{path} must hold the room {path.stem!r}, got {result.room!r}. Give the file its room's name."
+                )
+        found[path.stem] = results
     return found

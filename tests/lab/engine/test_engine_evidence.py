@@ -94,6 +94,35 @@ def test_a_file_is_written_in_one_step_and_read_by_room(result, tmp_path):
     assert read_evidence(tmp_path / "nothing") == {}
 
 
+def test_evidence_of_another_room_is_not_taken_for_this_one(result, tmp_path):
+    (tmp_path / "dann.json").write_text(to_json([replace(result, room="paced")]))
+    with pytest.raises(EvidenceError, match=r"dann\.json must hold the room 'dann', got 'paced'"):
+        read_evidence(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("declaration", "figures", 0), "<b>"),
+        (("declaration", "figures"), 3),
+        (("declaration", "figures", 0, "metric"), [1]),
+        (("declaration", "seeds", "tune"), 3),
+        (("declaration", "paper"), 3),
+        (("declaration", "primary", "name"), [1]),
+        (("declaration", "primary", "better"), "up"),
+        (("declaration", "claim", "metric"), []),
+        (("comparisons", 0, "high"), 10**400),
+        (("comparisons", 0, "n"), 10**400),
+        (("comparisons", 0, "wins"), 1e308),
+        (("arms", 0, "tuning"), [{"hp": 3, "score": 1.0}]),
+        (("arms", 0, "tuning"), [{"hp": {}, "score": []}]),
+    ],
+)
+def test_what_pages_are_made_of_is_checked(result, path, value):
+    with pytest.raises(EvidenceError, match="Export"):
+        from_json(changed(result, "studies", 0, *path, value=value))
+
+
 def test_nothing_to_export_is_told(store, tmp_path):
     with pytest.raises(EvidenceError, match="no full-size result of 'dann'"):
         export_room(store, "dann", tmp_path)
@@ -141,7 +170,7 @@ def changed(result, *path, value=None, delete=False):
         (("studies", 0, "cells", 0, "arrays", "picture", "dtype"), "|O", "arrays.picture is no valid array"),
         (("studies", 0, "extra"), 1, "has an unknown field 'extra'"),
         (("studies", 0, "room"), "dann", "room must be None, got 'dann'"),
-        (("studies", 0, "declaration", "primary"), {}, "must name its primary metric"),
+        (("studies", 0, "declaration", "primary"), {}, r"primary\.name must be present"),
     ],
 )
 def test_damage_is_named(result, path, value, message):

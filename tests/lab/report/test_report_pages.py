@@ -153,6 +153,20 @@ def test_a_drawing_of_a_users_file_is_found_by_the_files_name(tmp_path):
     assert "mine.py:main" in read(tmp_path, "index.html")
 
 
+def test_a_drawing_of_a_users_file_outlives_a_report_without_the_file(tmp_path):
+    trial = light(None, "main")
+    drawn = (Drawing("good", lambda _: Figure(figsize=(2, 1)), caption="my picture"),)
+    told = {**trial.declaration, "figures": [{"type": "Drawing", "name": "good", "caption": "my picture"}]}
+    trial = dataclasses.replace(trial, declaration=told)
+    write_report({None: [trial]}, tmp_path, figures={("mine.py", "main"): drawn})
+    page = read(tmp_path, "mine.html")
+    assert "could not be drawn" not in page
+    write_report({None: [trial]}, tmp_path)
+    assert read(tmp_path, "mine.html") == page
+    write_report({None: [dataclasses.replace(trial, claim_hash="other")]}, tmp_path)
+    assert "could not be drawn" in read(tmp_path, "mine.html")
+
+
 def test_an_empty_report_says_how_to_start(tmp_path, monkeypatch):
     monkeypatch.setattr("pullback.lab.report.index._facts", dict)
     assert "Nothing has been run yet" in write_report({}, tmp_path).read_text(encoding="utf-8")

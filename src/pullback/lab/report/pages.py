@@ -140,9 +140,12 @@ def _room_page(room: str, fact: Any) -> Page:
 def _study_page(
     path: Path, page: Page, trials: Sequence[TrialResult], sections: Sequence[Section], given: Given
 ) -> str:
-    """The page of a room or trial, as it was when nothing that decides it has changed: drawing takes seconds."""
-    key = "" if any(_home(t) in given for t in trials) else page_key(trials, page)
-    kept = reusable(path, key) if key else None
+    """The page of a room or trial, as it was when nothing that decides it has changed: drawing takes seconds.
+
+    A page with drawings of a user's file is always drawn anew while the file is at hand, and kept as it is without it.
+    """
+    key = page_key(trials, page)
+    kept = None if any(_home(t) in given for t in trials) else reusable(path, key)
     if kept is not None:
         return kept
     drawn = [_drawn(t, s, given, f"s{i}") for i, (t, s) in enumerate(zip(trials, sections, strict=True))]
