@@ -3,24 +3,40 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
+from collections.abc import Sequence
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 
 import pullback
 from pullback.lab.cli.terminal import complain
 
+
+def _whole(_type: object, tokens: Sequence[Any]) -> int:
+    """A whole number as written: the parser's own conversion would round 1.5 to 2 without a word."""
+    text = str(tokens[0].value)
+    if not re.fullmatch(r"[+-]?\d{1,18}", text):
+        raise ValueError(f"a whole number is needed, got {text[:80]!r}.")
+    return int(text)
+
+
 Out = Annotated[Path, Parameter(help="Folder of the store and the report.")]
-Workers = Annotated[int | None, Parameter(help="Worker processes; every core when left out.")]
+Workers = Annotated[
+    int | None, Parameter(converter=_whole, help="Worker processes; every core when left out.")
+]
 ExecutorName = Annotated[Literal["local", "ray"], Parameter(help="Where cells run.")]
-Seeds = Annotated[int | None, Parameter(help="How many of the declared seeds; all when left out.")]
+Seeds = Annotated[
+    int | None, Parameter(converter=_whole, help="How many of the declared seeds; all when left out.")
+]
 Retry = Annotated[bool, Parameter(negative="", help="Run cells again that failed before.")]
 RUNS = Path("runs")
 FLAGS = ("quiet", "debug")
+RUNNING = frozenset({"study", "trial", "tune"})
 _flags: ContextVar[dict[str, bool]] = ContextVar("flags", default=dict.fromkeys(FLAGS, False))  # noqa: B039 (never changed in place)
 
 app = App(
@@ -31,6 +47,7 @@ app = App(
     ),
     version=pullback.__version__,
     result_action="return_value",
+    suppress_keyboard_interrupt=False,
 )
 
 
@@ -53,9 +70,11 @@ def dispatch(tokens: list[str]) -> int:
         complain("interrupted. What is finished is kept.")
         return 130
     except BrokenPipeError:
-        # The reader (a pager, `head`) has gone; point stdout away so that closing it does not complain again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return _unread(tokens)
+    except SystemExit as leave:
+        if isinstance(leave.__context__, BrokenPipeError):  # how rich answers a closed pipe
+            return _unread(tokens)
+        raise
     except Exception as error:
         if given["debug"]:
             traceback.print_exc()
@@ -63,6 +82,18 @@ def dispatch(tokens: list[str]) -> int:
                 print(inner, file=sys.stderr)
         complain(_line(error))
         return 2 if _misuse(error) else 1
+
+
+def _unread(tokens: list[str]) -> int:
+    """The reader (a pager, `head`) has gone: no fault when it was to read, but runs that did not finish are one."""
+    # Point stdout away, so that closing it does not complain again.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if not RUNNING.intersection(tokens[:1]) or {"--help", "-h"}.intersection(tokens):
+        return 0
+    complain(
+        "nobody reads the output any more. What is finished is kept; the same command goes on from there."
+    )
+    return 1
 
 
 def _split_flags(tokens: list[str]) -> tuple[list[str], dict[str, bool]]:
@@ -75,8 +106,11 @@ def _split_flags(tokens: list[str]) -> tuple[list[str], dict[str, bool]]:
 def _line(error: Exception) -> str:
     """The error as one line; what is not one of our own messages is named by its type."""
     if isinstance(error, OSError):
+        reason = str(error.strerror or error)
+        if reason.endswith("."):  # one of our own messages, with its fix
+            return reason
         place = f" {error.filename!r}" if error.filename else ""
-        return f"cannot use{place}: {error.strerror or error}. Choose another folder with --out or free some space."
+        return f"cannot use{place}: {reason}. Choose another folder or free some space."
     if type(error).__module__.startswith("pullback"):
         return str(error)
     return f"unexpected {type(error).__name__}: {error}. Run it again with --debug to see where."
@@ -175,7 +209,7 @@ def report(
 def serve(
     *,
     host: str = "127.0.0.1",
-    port: int = 0,
+    port: Annotated[int, Parameter(converter=_whole)] = 0,
     open_: Annotated[bool, Parameter(name="--open", negative="", help="Show it in the browser.")] = False,
     out: Out = RUNS,
 ) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -57,7 +58,12 @@ def _parquet(results: Sequence[TrialResult], to: Path) -> Path:
     schema = pa.schema([(name, types.get(name, pa.string())) for name in names])
     to.mkdir(parents=True, exist_ok=True)
     path = to / "measurements.parquet"
-    pq.write_table(pa.table(columns, schema=schema), path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        pq.write_table(pa.table(columns, schema=schema), temporary)
+        os.replace(temporary, path)  # an older file stays whole until the new one is
+    finally:
+        temporary.unlink(missing_ok=True)
     return path
 
 

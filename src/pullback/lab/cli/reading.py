@@ -81,11 +81,19 @@ def _display() -> bool:
 
 
 def serve_report(out: Path, *, host: str, port: int, show: bool) -> int:
-    """Serve the report folder until interrupted; writes the report first when there is none."""
+    """Serve the report folder until interrupted; writes the report first when there is none.
+
+    Raises:
+        UsageError: if host or port is none.
+    """
+    from pullback.lab.cli.running import UsageError
     from pullback.lab.report import serve
 
     folder = out / "report"
     if not (folder / "index.html").is_file():
         places.report(out, with_evidence=True)
-    serve(folder, host=host, port=port, open_browser=show and _display())
+    try:
+        serve(folder, host=host, port=port, open_browser=show and _display())
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 from typing import TextIO
@@ -20,7 +21,14 @@ def clean(text: object) -> str:
 
 def say(text: object = "", *, file: TextIO | None = None) -> None:
     """Print one or more plain lines."""
-    print(clean(text), file=file or sys.stdout, flush=True)
+    to = file or sys.stdout
+    print(_encodable(clean(text), to), file=to, flush=True)
+
+
+def _encodable(text: str, file: TextIO | None) -> str:
+    """``text`` with what the stream cannot show written as escapes: file names may hold lone surrogates."""
+    encoding = getattr(file, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def page(text: str) -> None:
@@ -30,5 +38,6 @@ def page(text: str) -> None:
 
 
 def complain(message: object) -> None:
-    """Print an error as one line on standard error."""
-    print(f"pullback: {' '.join(clean(message).split())}", file=sys.stderr, flush=True)
+    """Print an error as one line on standard error; a reader that has gone does not change how the command ends."""
+    with contextlib.suppress(BrokenPipeError):
+        say(f"pullback: {' '.join(clean(message).split())}", file=sys.stderr)
