@@ -371,7 +371,6 @@ def test_backward_and_autogram():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"thresholds": (-0.5, -0.8, 0.0)}, ValueError, "thresholds must ascend"),
         ({"thresholds": (-1.5, -0.8, 0.0)}, ValueError, r"thresholds must ascend within \[-1, 1\], got"),
         ({"thresholds": (-0.5, 0.0)}, ValueError, r"thresholds must be \(critical, main, weak\), got"),
         ({"thresholds": -0.5}, ValueError, "thresholds must be"),
@@ -380,7 +379,6 @@ def test_backward_and_autogram():
         ({"smooth": "yes"}, ValueError, "smooth must be one of True, False"),
         ({"arbiter_weights": (0.0, 0.0)}, ValueError, "arbiter_weights must not both be 0"),
         ({"arbiter_weights": (-1.0, 1.0)}, ValueError, "arbiter_weights must be >= 0, got -1"),
-        ({"arbiter_weights": 1.0}, ValueError, "arbiter_weights must be"),
         ({"stability_reference": "Raw"}, ValueError, "Did you mean 'raw'"),
         ({"dominance_window": -1}, ValueError, "dominance_window must be >= 0, got -1"),
         ({"ema_decay": 1.1}, ValueError, r"ema_decay must be in \[0, 1\], got 1.1"),

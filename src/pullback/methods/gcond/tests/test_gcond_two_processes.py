@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -12,7 +14,7 @@ from pullback.methods.gcond import GradientConductor, TaskAccumulator
 
 STEPS, K = 8, 4
 WEIGHTS = {"fit": 0.6, "size": 0.4}
-OPTIONS = {"accumulate": K, "dominance_window": 2, "nonfinite": "skip"}
+OPTIONS: Any = {"accumulate": K, "dominance_window": 2, "nonfinite": "skip"}
 LOSSES = {"fit": lambda out: (out - 1).square().mean(), "size": lambda out: (out + 1).abs().mean()}
 
 
