@@ -264,7 +264,7 @@ def _declare(
         sizes={"smoke": smoke, "full": full},
         tune=lab.Tune(trials=len(lrs), select=SELECT, shared=shared, only=only) if lrs else None,
         seeds=lab.Seeds(TEST_SEEDS, tune=(100, 101)),
-        hp={"*": {"lr": 1e-3}, "cagrad": {"c": 0.4}, "gradnorm": {"weight_lr": 1e-2}},
+        hp={"*": {"lr": 1e-3}, **({"cagrad": {"c": 0.4}, "gradnorm": {"weight_lr": 1e-2}} if only else {})},
         cannot_test=CANNOT,
         timeout=120.0,
         **fields,

@@ -8,14 +8,26 @@ import numpy as np
 import pytest
 import torch
 
+from pullback.lab.engine.cells import check_trial
+from pullback.lab.engine.reference import StudyRef
 from pullback.lab.engine.worker import CellLog
 from pullback.lab.models.masked import Batch, autoencoder, digit_parts, masks
 from pullback.lab.result import ArmResult, CellResult, TrialResult, Verdict
+from pullback.lab.tuning import domains_of
 from pullback.methods.gcond import GradientConductor
 from pullback.methods.gcond.study import STUDIES, WEIGHTS, Config, _draw, plan, run, way_of
 
 HP = {"lr": 2e-3, "c": 0.4, "weight_lr": 1e-2}
 SMALL = Config(updates=6, micro_batches=2, points=2)
+
+
+@pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.name)
+def test_the_declaration_is_complete(study):
+    check_trial(study, StudyRef("gcond", None, study.name))
+    for arm in study.arms.names():
+        wanted = {"cagrad": {"lr", "c"}, "gradnorm": {"lr", "weight_lr"}}.get(arm, {"lr"})
+        assert set(study.hyperparameters(arm)) == wanted
+        assert study.tune is None or set(domains_of(study.tune, arm)) == wanted
 
 
 def one_batch(k):
