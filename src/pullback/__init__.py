@@ -15,6 +15,7 @@ _CORE: dict[str, tuple[str, str | None]] = {
     # public name: (module, name in it; None means the module itself)
     "Attachment": ("pullback.core.attachment", "Attachment"),
     "ClipGradNorm": ("pullback.core.clip", "ClipGradNorm"),
+    "ConflictMonitor": ("pullback.core.conflict", "ConflictMonitor"),
     "NonFiniteError": ("pullback.core.checks", "NonFiniteError"),
     "attach": ("pullback.core.attachment", "attach"),
     "cite": ("pullback.core.citation", "cite"),

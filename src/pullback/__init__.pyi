@@ -6,6 +6,7 @@ from pullback.core.attachment import attach as attach
 from pullback.core.checks import NonFiniteError as NonFiniteError
 from pullback.core.citation import cite as cite
 from pullback.core.clip import ClipGradNorm as ClipGradNorm
+from pullback.core.conflict import ConflictMonitor as ConflictMonitor
 from pullback.methods.dann import DomainAdversarialLoss as DomainAdversarialLoss
 from pullback.methods.dann import GradientReversal as GradientReversal
 from pullback.methods.dann import ShallowDANN as ShallowDANN
@@ -22,6 +23,7 @@ __version__: str
 __all__ = [
     "Attachment",
     "ClipGradNorm",
+    "ConflictMonitor",
     "ConflictResolver",
     "DomainAdversarialLoss",
     "GradientConductor",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -275,12 +276,23 @@ def test_evidence_of_another_declaration_is_stale(tmp_path: Path) -> None:
     from pullback.lab.engine.cells import claim_hash
 
     study, path = make_study(), tmp_path / "r.json"
-    path.write_text(f'{{"studies": [{{"name": "main", "claim_hash": "{claim_hash(study)}"}}]}}')
-    assert list(_evidence(path, (study,))) == []
-    assert "declared anew" in str(*_evidence(path, (make_study(refuted_if="something else"),)))
-    assert "no longer declared" in str(*_evidence(path, (make_study(name="new"),)))
+
+    def entry(trial, trace: str = "") -> dict[str, object]:
+        tuning = {"trace_sha256": trace} if trace else None
+        return {"name": trial.name, "claim_hash": claim_hash(trial), "declaration": {"tuning": tuning}}
+
+    path.write_text(json.dumps({"studies": [entry(study)]}))
+    assert list(_evidence(path, (study,), {})) == []
+    assert "declared anew" in str(*_evidence(path, (make_study(refuted_if="something else"),), {}))
+    assert "no longer declared" in str(*_evidence(path, (make_study(name="new"),), {}))
+    assert "tuned anew" in str(*_evidence(path, (study,), {"main": {"trace_sha256": "x"}}))
+    path.write_text(json.dumps({"studies": [entry(study, "x")]}))
+    assert list(_evidence(path, (study,), {"main": {"trace_sha256": "x"}})) == []
+    other = make_study(name="another")
+    path.write_text(json.dumps({"studies": [entry(other), entry(study)]}))
+    assert "begin with the main study" in str(*_evidence(path, (study, other), {}))
     path.write_text("{")
-    assert "is not evidence" in str(*_evidence(path, (study,)))
+    assert "is not evidence" in str(*_evidence(path, (study,), {}))
 
 
 # --- generated files -----------------------------------------------------------------------------------------------

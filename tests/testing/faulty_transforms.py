@@ -173,6 +173,16 @@ class Restless(GoodTransform):
         return super().extra_state()
 
 
+class Densifying(GoodTransform):
+    """Makes sparse gradients dense without a word."""
+
+    def pre_step_(self, batch):
+        for p in batch.params:
+            p.grad = p.grad.to_dense() if p.grad.is_sparse else p.grad
+        if not any(grad.is_sparse for grad in batch.grads):
+            super().pre_step_(batch)
+
+
 class Refusing(GoodTransform):
     """Raises on NaN whatever the policy."""
 
@@ -218,6 +228,7 @@ FAULTS = (
     extra("odd_parameters", on_gradients(lambda grad: grad.view(grad.shape[0], -1).view(grad.shape))),
     extra("frozen_and_groups", thaw),
     extra("added_group", fixed_groups),
+    fault("transform_sparse", TRANSFORM, Densifying),
     extra("detaches", leave_hook),
     extra("schedulers_work", set_rate, also="frozen_and_groups by_hand"),
     extra("accumulation", count_twice, also="nonfinite_warn"),

@@ -20,6 +20,8 @@ class GoodTransform(Transform):
         if self.strength == 0:
             return
         for name, index, grad in zip(batch.names, batch.indices, batch.grads, strict=True):
+            if grad.is_sparse:
+                raise TypeError(f"gradient of {name} must be dense, got a sparse one. Use grad.to_dense().")
             noise = torch.randn(grad.shape, generator=generator("good", 0, batch.step, index))
             mean = 0.9 * self.seen.get(name, torch.zeros((), dtype=torch.float64)) + 0.1 * grad.double().sum()
             self.seen[name] = mean

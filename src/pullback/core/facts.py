@@ -128,7 +128,8 @@ def _check(where: str, values: Mapping[str, Any]) -> None:
         )
     if "\n" in values["summary"] or not 0 < len(values["summary"]) < _LONGEST_SUMMARY:
         raise FactsError(
-            f"{where}: summary must be one line under {_LONGEST_SUMMARY} characters, shorten it."
+            f"{where}: summary must be one line under {_LONGEST_SUMMARY} characters, "
+            f"got {len(values['summary'])}. Shorten it."
         )
     for name in ("title", "claim", "bibtex", "authors"):
         if not values[name]:
@@ -154,7 +155,9 @@ def rooms() -> Mapping[str, Facts]:
         FactsError: if a room's file is wrong, or two rooms export the same name.
     """
     found: dict[str, Facts] = {}
-    exported: dict[str, str] = {}
+    import pullback  # late: the package may still be loading
+
+    exported: dict[str, str] = dict.fromkeys(vars(pullback)["_CORE"], "the core")
     for room, folder in _room_folders().items():
         found[room] = read_facts(room, folder.joinpath("method.toml").read_text(encoding="utf-8"))
         for name in found[room].exports:

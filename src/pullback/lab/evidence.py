@@ -149,13 +149,16 @@ def _small(array: np.ndarray, name: str) -> np.ndarray:
 # --- files ---------------------------------------------------------------------------------------------------------
 
 
-def export_room(store: Store, room: str, folder: str | Path = "evidence") -> Path:
+def export_room(
+    store: Store, room: str, folder: str | Path = "evidence", *, order: Sequence[str] = ()
+) -> Path:
     """Write ``<folder>/<room>.json`` with the room's latest results at full size, in one step.
 
     Args:
         store: where the results are.
         room: the room's name.
         folder: where the file goes.
+        order: names of the room's studies as they are declared; readers take the first result for the main one.
 
     Raises:
         EvidenceError: if the store has no full-size result of the room.
@@ -165,8 +168,8 @@ def export_room(store: Store, room: str, folder: str | Path = "evidence") -> Pat
         raise EvidenceError(
             f"{store.path} has no full-size result of {room!r}. Run `pullback study {room}` first."
         )
-    # In the order of declaration the main study comes first; the rest follow by name.
-    ordered = sorted(results, key=lambda r: (r.name != "main", r.name))
+    place = {name: index for index, name in enumerate(order)}
+    ordered = sorted(results, key=lambda r: (place.get(r.name, len(place)), r.name != "main", r.name))
     path = Path(folder) / f"{room}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")

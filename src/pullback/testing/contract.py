@@ -219,7 +219,8 @@ def _known(label: str, given: Mapping[str, str], kind: str) -> None:
     known = {each.id for each in checks_for(kind)}
     for name, reason in given.items():
         if name not in known:
-            raise ValueError(f"{label} must name checks of kind {kind!r}, got {name!r}. See checks_for().")
+            listed = ", ".join(sorted(known))
+            raise ValueError(f"{label} must name checks of kind {kind!r}, got {name!r}. There are {listed}.")
         if not str(reason).strip():
             raise ValueError(f"{label}[{name!r}] must give a reason, got {reason!r}.")
 

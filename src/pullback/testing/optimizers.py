@@ -122,7 +122,7 @@ def groups_apart(case: Case) -> None:
 def optimizer_added_group(case: Case) -> None:
     """``add_param_group`` in the middle of a run trains the new parameter."""
     model, optimizer = trained(case, range(2))
-    extra = nn.Parameter(torch.full((4, 3), 0.5))
+    extra = nn.Parameter(torch.linspace(-1.0, 1.0, 12).reshape(4, 3))
     optimizer.add_param_group({"params": [extra]})
     before = extra.detach().clone()
     for _ in range(2):

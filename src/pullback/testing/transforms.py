@@ -180,7 +180,7 @@ def frozen_and_groups(case: Case) -> None:
 @check("transform", refusable="raises")
 def added_group(case: Case) -> None:
     """``add_param_group`` in the middle of a run works, and the old parameters go on."""
-    model, extra = user_model(case), nn.Parameter(torch.full((4, 3), 0.5))
+    model, extra = user_model(case), nn.Parameter(torch.linspace(-1.0, 1.0, 12).reshape(4, 3))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     with attach(optimizer, built(case), names=model):
         train(case, model, optimizer, range(2))
@@ -191,8 +191,33 @@ def added_group(case: Case) -> None:
         (case_loss(case, model, 2) + extra_loss).backward()
         optimizer.step()
     if torch.equal(extra, before):
-        raise BrokenContract("The parameter of the added group was not trained.")
+        raise BrokenContract(
+            "The parameter of the added group was not trained.",
+            fix="Edit what the batch holds in each step; keep no list of parameters from the beginning.",
+        )
     expect_finite(extra, "The parameter of the added group")
+
+
+@check("transform", refusable="raises")
+def transform_sparse(case: Case) -> None:
+    """A sparse gradient is edited where it is stored and stays sparse, or is refused by an error that says so."""
+    weight = nn.Parameter(torch.ones(4, 3))
+    gradient = torch.zeros(4, 3)
+    gradient[1] = torch.tensor([0.5, -0.2, 0.1])
+    weight.grad = gradient.to_sparse(1)
+    optimizer = torch.optim.SGD([weight], lr=0.05)
+    with attach(optimizer, built(case)):
+        try:
+            optimizer.step()
+        except (RuntimeError, ValueError, TypeError) as error:
+            if "sparse" in str(error).lower() and "SparseCPU" not in str(error):
+                return
+            raise BrokenContract(
+                f"A sparse gradient ends in {str(error)[:80]!r}.", fix="Refuse it with a message of your own."
+            ) from error
+    if weight.grad is None or not weight.grad.is_sparse:
+        raise BrokenContract("A sparse gradient became dense.", fix="Edit grad._values() of a coalesced one.")
+    expect_finite(weight, "The parameter with a sparse gradient")
 
 
 @check("transform", refusable="no")

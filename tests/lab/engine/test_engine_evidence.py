@@ -91,6 +91,8 @@ def test_a_file_is_written_in_one_step_and_read_by_room(result, tmp_path):
     path = export_room(Kept(), "toy", tmp_path / "evidence")
     assert [p.name for p in path.parent.iterdir()] == ["toy.json"]
     assert [r.name for r in read_evidence(path.parent)["toy"]] == ["main", "zeta"]
+    export_room(Kept(), "toy", tmp_path / "evidence", order=["zeta", "main"])
+    assert [r.name for r in read_evidence(path.parent)["toy"]] == ["zeta", "main"]
     assert read_evidence(tmp_path / "nothing") == {}
 
 

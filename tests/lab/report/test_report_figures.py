@@ -9,13 +9,17 @@ import sys
 import matplotlib as mpl
 import numpy as np
 import pytest
+import torch
 from matplotlib.figure import Figure
 from synthetic_results import HOSTILE, synthetic
 
+from pullback.core.conflict_report import ConflictReport
 from pullback.lab.figures import (
+    INK,
     METHOD,
     NARROW,
     arm_colours,
+    conflict_history,
     decision_regions,
     image_grid,
     panels,
@@ -167,3 +171,53 @@ def test_panels_checks_its_counts():
         panels(0)
     with pytest.raises(ValueError, match="columns must be >= 1, got 0"):
         panels(2, columns=0)
+
+
+def conflicts(cosines, *, tasks=("depth", "seg"), groups=("stem", "head", "(all)"), norms=(4.0, 1.0)):
+    """One report per cosine; the second group never has a gradient of the second task."""
+    a, b = norms
+    reports = []
+    for number, cosine in enumerate(cosines):
+        stem = torch.tensor([[a * a, cosine * a * b], [cosine * a * b, b * b]], dtype=torch.float64)
+        head = torch.tensor([[1.0, 0.0], [0.0, 0.0]], dtype=torch.float64)
+        gram = torch.stack([stem, head, stem + head])
+        reports.append(ConflictReport(20 * number, tasks, groups, gram, torch.ones(2), 1))
+    return reports
+
+
+def test_conflicts_are_drawn_as_cosines_rates_and_ratios():
+    cosines = [0.5, -0.25, float("nan"), -1.0]
+    figure = conflict_history(conflicts(cosines))
+    assert figure is not None
+    curves, bars, ratios = figure.axes
+    stem, everything = (line for line in curves.lines if not line.get_label().startswith("_"))
+    assert stem.get_xdata().tolist() == [0, 20, 40, 60]
+    assert stem.get_ydata() == pytest.approx(cosines, nan_ok=True)
+    assert (everything.get_label(), everything.get_color()) == ("(all)", INK)
+    assert [bar.get_width() for bar in bars.patches] == pytest.approx([2 / 3, 2 / 3])
+    assert [text.get_text() for text in bars.texts] == ["2/3", "2/3"]
+    assert [label.get_text() for label in bars.get_yticklabels()] == [
+        "stem",
+        "(all)",
+    ]  # head was never compared
+    assert ratios.get_yscale() == "log"
+    assert ratios.lines[1].get_ydata()[:2] == pytest.approx([4.0, 4.0])
+    assert conflict_history(conflicts(cosines, norms=(1.1, 1.0))).axes[2].get_yscale() == "linear"
+
+
+def test_conflicts_choose_pairs_and_draw_nothing_out_of_nothing():
+    reports = conflicts([0.5, -0.5])
+    assert len(conflict_history(reports, pairs=[("depth", "seg")], width=NARROW).axes) == 3
+    assert conflict_history([]) is None
+    assert conflict_history(conflicts([float("nan")])) is None
+    with pytest.raises(ValueError, match=r"pairs must be among .*, got \('seg', 'depth'\)"):
+        conflict_history(reports, pairs=[("seg", "depth")])
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_hostile_tasks_and_groups_stay_text(text):
+    groups = (text, "head", "(all)")
+    figure = conflict_history(conflicts([0.5], tasks=(text, "seg"), groups=groups), width=NARROW)
+    svg = to_svg(figure, prefix="x", label=text)
+    assert not re.search(r"<(script|a|foreignObject|style|img|metadata|!)", svg)
+    assert svg.count("<svg") == svg.count("</svg>") == 1

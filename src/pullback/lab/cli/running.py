@@ -22,7 +22,9 @@ from pullback.lab.engine import (
     tune_trial,
 )
 from pullback.lab.engine.reference import nearest, room_names
-from pullback.lab.result import TrialResult
+from pullback.lab.report.model import unit_of
+from pullback.lab.report.text import difference, interval
+from pullback.lab.result import Comparison, TrialResult
 from pullback.lab.store import Store
 from pullback.lab.trial import load_trial
 
@@ -155,6 +157,8 @@ def tell(label: str, result: TrialResult) -> int:
         and paper["method"] is not None
     ):
         say(f"  the paper ({paper['where']}): {paper['baseline']:g} -> {paper['method']:g}")
+    for other in result.comparisons[1:]:
+        say(f"  {_told(other, result)}")
     lost = [
         arm.name for arm in result.arms if all(c.status != "done" for c in result.cells if c.arm == arm.name)
     ]
@@ -162,6 +166,14 @@ def tell(label: str, result: TrialResult) -> int:
         first = next(c for c in result.cells if c.arm == arm)
         complain(f"{label}: every run of arm {arm!r} ended as {first.status}: {first.error}")
     return int(bool(lost))
+
+
+def _told(c: Comparison, result: TrialResult) -> str:
+    """A rival or secondary claim in one line."""
+    unit = unit_of(result, c.metric)
+    against = f"{c.arm} against {'the rival ' if c.role == 'rival' else ''}{c.than}"
+    amount = f"{difference(c.difference, unit)} {interval(c.low, c.high, unit)}"
+    return f"{against}, {c.metric.replace('_', ' ')}: {amount}, {c.word}"
 
 
 def tune(refs: Sequence[StudyRef], plan: Plan) -> int:

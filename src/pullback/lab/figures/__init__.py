@@ -12,6 +12,7 @@ A study's `Drawing` is a function of the `TrialResult` that returns a matplotlib
 It is called inside `style()`, never needs a display and must not use pyplot.
 """
 
+from pullback.lab.figures.conflict import conflict_history
 from pullback.lab.figures.helpers import decision_regions, image_grid, scatter_2d
 from pullback.lab.figures.style import (
     BASELINE,
@@ -39,6 +40,7 @@ __all__ = [
     "SERIES",
     "WIDE",
     "arm_colours",
+    "conflict_history",
     "decision_regions",
     "image_grid",
     "panels",

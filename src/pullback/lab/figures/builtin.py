@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 _NAME = 22
 _MARK_AREA = 26.0
 
+LINEAR = 5.0
+"""Standardised effects up to here are drawn on a linear scale, larger ones on a logarithmic one."""
+
 
 def short(name: str, limit: int = _NAME) -> str:
     """``name`` on one line and at most ``limit`` characters, for tick labels."""
@@ -334,6 +337,11 @@ def overview(rows: Sequence[tuple[str, Comparison]], *, width: float = WIDE) -> 
             ax.scatter(
                 [c.effect], [row], s=34, color=colour, marker="o" if c.word == "supported" else "D", zorder=3
             )
+        if max(abs(c.effect) for _, c in drawn) > LINEAR:  # one clear-cut effect must not flatten all others
+            ax.set_xscale("symlog", linthresh=LINEAR, linscale=2.0)
+            ax.set_xticks([0, 2, 4, *(10.0**k for k in range(1, 5) if 10.0**k < 2 * ax.get_xlim()[1])])
+            ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            ax.minorticks_off()
         ax.set_yticks(range(len(drawn)), labels)
         ax.set_ylim(len(drawn) - 0.4, -0.6)
         ax.set_xlabel("effect in standard deviations of the paired difference, right is better")

@@ -9,7 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from pullback.core.gram import inner_products
+from pullback.core.span import inner_products
 from pullback.core.streams import generator
 from pullback.lab.data.images import mnist
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pullback.lab.report.model import MARKS, claim_text, gain, main_comparison, unit_of
+from pullback.lab.report.model import MARKS, claim_text, gain, main_comparison, reduction, unit_of
 from pullback.lab.report.text import DASH, clean, clean_block, difference, interval, number
 from pullback.lab.result import Comparison, TrialResult
 
@@ -89,7 +89,6 @@ def _row(key: str, result: TrialResult, fact: Any, page: str, adjusted: str) -> 
     paper, printed = result.declaration.get("paper") or {}, DASH
     if gain(paper, result) is not None:
         printed = f"{number(paper.get('baseline'), unit)} → {number(paper.get('method'), unit)}"
-    rival = result.verdict.reduces_to
     return Row(
         key=clean(key),
         title=clean(key),
@@ -104,7 +103,7 @@ def _row(key: str, result: TrialResult, fact: Any, page: str, adjusted: str) -> 
         paper=printed,
         adjusted=adjusted,
         adjusted_mark=MARKS.get(adjusted, ""),
-        note=f"reduces to {clean(rival, 40)}" if rival else "",
+        note=reduction(result),
         page=page,
         smoke=result.size != "full",
         comparison=c,

@@ -53,7 +53,7 @@ def _section(s: Section) -> list[str]:
     smoke = " (smoke size: no verdict)" if s.smoke else ""
     parts = [
         f"## {plain(s.title, 200)}",
-        f"**{s.mark} {s.word}**{smoke}. {plain(s.sentence, _LONG)}",
+        f"**{s.mark} {s.word}{f', {plain(s.note)}' if s.note else ''}**{smoke}. {plain(s.sentence, _LONG)}",
         plain(s.headline, 400),
     ]
     parts += [f"**Claim.** {plain(s.claim, _LONG)}" if s.claim else ""]

@@ -53,6 +53,7 @@ class Section:
     title: str
     word: str
     mark: str
+    note: str
     sentence: str
     headline: str
     smoke: bool
@@ -76,6 +77,12 @@ def unit_of(result: TrialResult, metric: str | None = None) -> str:
     if metric in (None, primary.get("name")):
         return str(primary.get("unit", ""))
     return str((result.declaration.get("metrics") or {}).get(metric, {}).get("unit", ""))
+
+
+def reduction(result: TrialResult) -> str:
+    """``reduces to <rival>``, or nothing where the method beat every rival."""
+    rival = result.verdict.reduces_to
+    return f"reduces to {clean(rival, 40)}" if rival else ""
 
 
 def main_comparison(result: TrialResult) -> Comparison | None:
@@ -104,6 +111,7 @@ def section(result: TrialResult) -> Section:
         title=clean(result.title, 200),
         word=result.verdict.word,
         mark=MARKS.get(result.verdict.word, DASH),
+        note=reduction(result),
         sentence=_unbroken(clean_block(result.verdict.sentence, 1_000)),
         headline=headline(result),
         smoke=result.size != "full",

@@ -199,5 +199,8 @@ def overview_picture(results: Sequence[tuple[str, TrialResult]]) -> Picture | No
     alt = (
         "Standardised effect with interval of every method, right is better; the table below has the numbers."
     )
-    caption = "Main comparison of every method, in standard deviations of its paired difference, with 95 % intervals."
+    caption = (
+        "Main comparison of every method, in standard deviations of its paired difference, with "
+        "95\N{NO-BREAK SPACE}% intervals."
+    )
     return both(lambda w: overview(rows, width=w), "all", alt, caption)

@@ -26,7 +26,15 @@ def new(options: argparse.Namespace) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"wrote {folder}\nnext: its maths, then its test; docs/writing-a-room.md shows the way.")
+    print(f"wrote {folder}")
+    if options.methods.resolve() == PACKAGE / "methods":  # what is generated from all rooms, in a checkout
+        rooms.cache_clear()
+        _write(PACKAGE / "__init__.pyi", stub_text(rooms()), only_check=False, command="stub")
+        page = CHECKOUT / "README.md"
+        if page.is_file():
+            text = with_table(page.read_text(encoding="utf-8"), methods_table_text(CHECKOUT / "evidence"))
+            _write(page, text, only_check=False, command="table")
+    print("next: its maths, then its test; docs/writing-a-room.md shows the way.")
     return 0
 
 
@@ -39,12 +47,16 @@ def check(options: argparse.Namespace) -> int:
     try:
         rooms()
     except FactsError as error:  # for example a name that two rooms export
-        if own and not any(str(error) in problem.text for problem in problems):
+        if own and not any(str(error).endswith(problem.text) for problem in problems):
             problems.append(Problem("methods", 0, str(error)))
     for problem in problems:
         print(problem, file=sys.stderr)
-    print(f"{len(names)} rooms, {len(problems)} problems")
+    print(f"{_count(len(names), 'room')}, {_count(len(problems), 'problem')}")
     return 1 if problems else 0
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _write(path: Path, text: str, *, only_check: bool, command: str) -> int:
@@ -101,7 +113,11 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     options = parser().parse_args(arguments)
-    return options.run(options)
+    try:
+        return options.run(options)
+    except FactsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -23,7 +23,9 @@ def room_name(name: str) -> str:
     """
     shown = ascii(name) if len(name) <= 60 else f"{name[:60]!a}..."
     if not NAME.fullmatch(name):
-        raise ValueError(f"a room's name must be 2 to 24 lower-case letters, digits and '_', got {shown}.")
+        raise ValueError(
+            f"a room's name must be 2 to 24 lower-case letters, digits and '_', a letter first, got {shown}."
+        )
     if keyword.iskeyword(name) or keyword.issoftkeyword(name) or re.sub(r"\d$", "", name) in RESERVED:
         raise ValueError(f"a room's name must not be reserved, got {shown}. Choose another.")
     return name

@@ -15,8 +15,9 @@ from pullback.core.facts import Facts, FactsError, read_facts
 from pullback.lab.declare import Study
 from pullback.lab.rooms.problem import Problem
 from pullback.lab.rooms.source import check_source, check_text
+from pullback.lab.tuning import TRACE_HASH
 
-NAME = re.compile(r"[a-z][a-z0-9_]{1,23}")
+NAME = re.compile(r"[a-z][a-z0-9_]{0,22}[a-z0-9]")
 NEEDED = ("method.toml", "__init__.py", "study.py", "tuned.toml", "README.md", "tests")
 NEEDED_TESTS = ("__init__.py", "reference.py", "cases.py")
 MOST_MODULES = 3
@@ -40,7 +41,9 @@ def check_room(folder: Path, evidence: Path, *, load: bool = True) -> list[Probl
     if not NAME.fullmatch(room):
         return [
             Problem(
-                ascii(room)[:80], 0, "a room's name is 2 to 24 lower-case letters, digits and '_'. Rename it."
+                ascii(room)[:80],
+                0,
+                "a room's name is 2 to 24 lower-case letters, digits and '_', a letter first. Rename it.",
             )
         ]
     if not folder.is_dir():
@@ -55,7 +58,7 @@ def check_room(folder: Path, evidence: Path, *, load: bool = True) -> list[Probl
         studies, wrong = _studies(room)
         found += wrong
         found += _tuned_fits(room, tuned, studies)
-        found += _evidence(evidence / f"{room}.json", studies)
+        found += _evidence(evidence / f"{room}.json", studies, tuned)
     return sorted(found)
 
 
@@ -134,7 +137,8 @@ def _facts(folder: Path) -> tuple[Facts | None, list[Problem]]:
     try:
         return read_facts(folder.name, path.read_text(encoding="utf-8")), []
     except (FactsError, UnicodeDecodeError) as error:
-        return None, [Problem(f"{folder.name}/method.toml", 0, str(error))]
+        said = str(error).removeprefix(f"methods/{folder.name}/method.toml").lstrip(": ")
+        return None, [Problem(f"{folder.name}/method.toml", 0, said)]
 
 
 def _tuned(folder: Path) -> tuple[Mapping[str, Any], list[Problem]]:
@@ -232,21 +236,25 @@ def _study(name: str, room: str, study: Study) -> Iterator[Problem]:
         )
 
 
-def _evidence(path: Path, studies: tuple[Study, ...]) -> Iterator[Problem]:
-    """Evidence must belong to the declarations as they are now."""
+def _evidence(path: Path, studies: tuple[Study, ...], tuned: Mapping[str, Any]) -> Iterator[Problem]:
+    """Evidence must belong to the declarations and the tuned values as they are now."""
     if not path.is_file() or not studies:
         return
     from pullback.lab.engine.cells import claim_hash
 
     name = f"evidence/{path.name}"
     try:
-        kept = {
-            entry["name"]: entry["claim_hash"] for entry in json.loads(path.read_text("utf-8"))["studies"]
+        entries = json.loads(path.read_text("utf-8"))["studies"]
+        kept = {entry["name"]: entry["claim_hash"] for entry in entries}
+        traces = {
+            entry["name"]: (entry["declaration"]["tuning"] or {}).get(TRACE_HASH, "") for entry in entries
         }
     except (ValueError, KeyError, TypeError) as error:
         yield Problem(name, 0, f"is not evidence: {type(error).__name__}: {error}. Export it again.")
         return
     known = {study.name: study for study in studies}
+    if studies[0].name in kept and next(iter(kept)) != studies[0].name:
+        yield Problem(name, 0, f"must begin with the main study, {studies[0].name!r}. Export it again.")
     for study, kept_hash in kept.items():
         if study not in known:
             yield Problem(
@@ -255,4 +263,8 @@ def _evidence(path: Path, studies: tuple[Study, ...]) -> Iterator[Problem]:
         elif kept_hash != claim_hash(known[study]):
             yield Problem(
                 name, 0, f"{study!r} was declared anew since it ran. Run it in full size and export it."
+            )
+        elif traces[study] != tuned.get(study, {}).get(TRACE_HASH, ""):
+            yield Problem(
+                name, 0, f"{study!r} was tuned anew since it ran. Run it in full size and export it."
             )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,9 +30,6 @@ from pullback.methods.dann.shallow import ShallowDANN
 HELD_OUT = 0.2  # share of the source that scores a tuning run: twice the paper's, for half the variance
 TEST_SEEDS = tuple(range(200, 208))  # no pilot run has used them
 PLAIN = ("source", "dropout", "target")  # arms that never forward an unlabelled target example
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -230,10 +227,10 @@ def run_moons(cfg: Moons, arm: str, hp: lab.Hyperparameters, seed: int, log: lab
     }
 
 
-def _draw(what: str) -> Callable[[lab.TrialResult], Figure]:
+def _draw(what: str) -> Callable[[lab.TrialResult], Any]:
     """A drawing of `pullback.lab.figures.adaptation`, imported when it is drawn: runs need no matplotlib."""
 
-    def draw(result: lab.TrialResult) -> Figure:
+    def draw(result: lab.TrialResult) -> Any:
         from pullback.lab.figures import adaptation as drawings
 
         return getattr(drawings, what)(result)
@@ -257,7 +254,14 @@ HONEST = (
 )
 
 
-def _study(name: str, full: Config, smoke: Config, *, trials: int, rival: str, **facts: Any) -> lab.Study:
+def _tune(trials: int, high: float, low: float) -> lab.Tune:
+    """Learning rates up to ``high``, strengths from ``low``."""
+    rates = {"lr": lab.LogUniform(3e-4, high)}
+    strengths = {"dann": {"lam_max": lab.LogUniform(low, 3.0)}}
+    return lab.Tune(trials, SCORE, shared=rates, only=strengths, size="tuning")
+
+
+def _study(name: str, full: Config, smoke: Config, *, rival: str, **facts: Any) -> lab.Study:
     """A study of deep arms: what they share."""
     return lab.Study(
         room="dann",
@@ -265,13 +269,6 @@ def _study(name: str, full: Config, smoke: Config, *, trials: int, rival: str, *
         run=run,
         arms=lab.Arms(baseline="source", method="dann", rivals=(rival,), ceiling="target"),
         sizes={"smoke": smoke, "full": full, "tuning": replace(full, select=True)},
-        tune=lab.Tune(
-            trials=trials,
-            select=SCORE,
-            shared={"lr": lab.LogUniform(3e-4, 1e-2)},
-            only={"dann": {"lam_max": lab.LogUniform(0.03, 3.0)}},
-            size="tuning",
-        ),
         also=(lab.Greater("dann", than="source", metric=PAD),),
         refuted_if=REFUTED,
         timeout=300.0,
@@ -283,7 +280,7 @@ MAIN = _study(
     "mnist-m",
     Config("mnist-m", steps=400, batch=32),
     Config("mnist-m", steps=6, batch=16, examples=100, test=60, points=2),
-    trials=8,
+    tune=_tune(8, 1e-2, 0.03),
     rival="lam0",
     seeds=lab.Seeds(TEST_SEEDS, tune=(100, 101)),
     title="MNIST to MNIST-M: digits on photographs, no label of the target, test photographs unseen",
@@ -320,7 +317,7 @@ def _digit_study(name: str, title: str) -> lab.Study:
         name,
         Config(name, steps=800),
         Config(name, steps=6, batch=16, examples=200, test=60, points=2),
-        trials=5,
+        tune=_tune(7, 3e-2, 0.01),
         rival="dropout",
         seeds=lab.Seeds(TEST_SEEDS, tune=(100,)),
         title=title,
@@ -347,7 +344,7 @@ def _review_study(name: str, title: str) -> lab.Study:
         name,
         Config(name, steps=400, examples=2000, test=1000),
         Config(name, steps=6, batch=16, examples=200, test=60, points=2),
-        trials=5,
+        tune=_tune(7, 3e-2, 0.01),
         rival="dropout",
         seeds=lab.Seeds(TEST_SEEDS, tune=(100,)),
         title=title,

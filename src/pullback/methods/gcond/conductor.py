@@ -14,7 +14,7 @@ from torch import Tensor
 from pullback.core.checks import NonFinite, choice, instance, integer, shown
 from pullback.core.finite import admit
 from pullback.core.flat import Parameters
-from pullback.core.gram import inner_products, product
+from pullback.core.span import inner_products, product
 from pullback.core.state import StateError, check_state
 from pullback.core.stepping import inside_line_search
 from pullback.methods.gcond.buffers import MomentumWriter, TaskAccumulator

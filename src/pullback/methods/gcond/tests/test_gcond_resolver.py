@@ -14,7 +14,7 @@ from torchjd.autogram import Engine
 from torchjd.autojac import backward, jac_to_grad, mtl_backward
 
 from pullback.core.checks import NonFiniteError
-from pullback.core.gram import inner_products
+from pullback.core.span import inner_products
 from pullback.methods.gcond import ConflictResolver
 from pullback.methods.gcond.resolver import projection_shares
 from pullback.methods.gcond.tests import reference
