@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pullback.core.flat import FlatLayout
-from pullback.core.span import Span, inner_products, normalised, product
 from pullback.core.ranks import Ranks
+from pullback.core.span import Span, inner_products, normalised, product
 from pullback.core.state import StateError
 from pullback.core.stepping import inside_line_search
 

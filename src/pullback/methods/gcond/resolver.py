@@ -17,8 +17,8 @@ from torchjd.aggregation import GramianWeightedAggregator, Weighting
 from torchjd.linalg import Matrix
 
 from pullback.core.checks import NonFiniteError, choice, finite, fraction, integer, non_negative, positive
-from pullback.core.span import Rows, Span, inner_products, normalised
 from pullback.core.kinds import Aggregator
+from pullback.core.span import Rows, Span, inner_products, normalised
 
 FULL_ZONES = (-0.8, -0.5, 0.0)
 
