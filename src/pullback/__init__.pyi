@@ -11,6 +11,10 @@ from pullback.methods.dann import DomainAdversarialLoss as DomainAdversarialLoss
 from pullback.methods.dann import GradientReversal as GradientReversal
 from pullback.methods.dann import ShallowDANN as ShallowDANN
 from pullback.methods.dann import proxy_a_distance as proxy_a_distance
+from pullback.methods.gcond import ConflictResolver as ConflictResolver
+from pullback.methods.gcond import GradientConductor as GradientConductor
+from pullback.methods.gcond import MomentumWriter as MomentumWriter
+from pullback.methods.gcond import TaskAccumulator as TaskAccumulator
 from pullback.methods.gradient_noise import GradientNoise as GradientNoise
 from pullback.methods.gradient_noise import add_gradient_noise_ as add_gradient_noise_
 
@@ -20,11 +24,15 @@ __all__ = [
     "Attachment",
     "ClipGradNorm",
     "ConflictMonitor",
+    "ConflictResolver",
     "DomainAdversarialLoss",
+    "GradientConductor",
     "GradientNoise",
     "GradientReversal",
+    "MomentumWriter",
     "NonFiniteError",
     "ShallowDANN",
+    "TaskAccumulator",
     "add_gradient_noise_",
     "attach",
     "cite",

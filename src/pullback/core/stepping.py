@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from types import FrameType
 
@@ -62,6 +63,17 @@ def steps_on_stack(optimizer: torch.optim.Optimizer) -> int:
             count += frame.f_locals.get("self") is optimizer
         frame = frame.f_back
     return count
+
+
+def inside_line_search() -> bool:
+    """Whether the closure of ``LBFGS`` is under way, which that optimizer evaluates several times per step."""
+    code = inspect.unwrap(torch.optim.LBFGS.step).__code__
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is code:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def check_optimizer(optimizer: object) -> None:
