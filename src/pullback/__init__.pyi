@@ -12,10 +12,13 @@ from pullback.methods.dann import ShallowDANN as ShallowDANN
 from pullback.methods.dann import proxy_a_distance as proxy_a_distance
 from pullback.methods.gradient_noise import GradientNoise as GradientNoise
 from pullback.methods.gradient_noise import add_gradient_noise_ as add_gradient_noise_
+from pullback.methods.sam_gs import SAMGS as SAMGS
+from pullback.methods.sam_gs import multitask_backward as multitask_backward
 
 __version__: str
 
 __all__ = [
+    "SAMGS",
     "Attachment",
     "ClipGradNorm",
     "DomainAdversarialLoss",
@@ -26,6 +29,7 @@ __all__ = [
     "add_gradient_noise_",
     "attach",
     "cite",
+    "multitask_backward",
     "proxy_a_distance",
     "schedules",
 ]
