@@ -17,10 +17,13 @@ from pullback.methods.gcond import MomentumWriter as MomentumWriter
 from pullback.methods.gcond import TaskAccumulator as TaskAccumulator
 from pullback.methods.gradient_noise import GradientNoise as GradientNoise
 from pullback.methods.gradient_noise import add_gradient_noise_ as add_gradient_noise_
+from pullback.methods.sam_gs import SAMGS as SAMGS
+from pullback.methods.sam_gs import multitask_backward as multitask_backward
 
 __version__: str
 
 __all__ = [
+    "SAMGS",
     "Attachment",
     "ClipGradNorm",
     "ConflictMonitor",
@@ -36,6 +39,7 @@ __all__ = [
     "add_gradient_noise_",
     "attach",
     "cite",
+    "multitask_backward",
     "proxy_a_distance",
     "schedules",
 ]
