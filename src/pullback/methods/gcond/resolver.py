@@ -130,7 +130,8 @@ class ConflictResolver(Aggregator, GramianWeightedAggregator):
             code does.
         dominance_window: after so many victories in a row a task loses its next conflict; 0 is off.
         ema_decay: of the running mean of norms.
-        ema_bias_correction: begin that mean at 0 and correct for it, instead of at 1.
+        ema_bias_correction: begin that mean at 0 instead of at 1; the correction itself is common to all tasks and
+            leaves their shares alone.
         norm_cap: shorten longer gradients to this norm before anything else; None does not.
         zero_tolerance: gradients shorter than this share of the longest one take part in no conflict.
 
@@ -241,9 +242,8 @@ class ConflictResolver(Aggregator, GramianWeightedAggregator):
             ValueError: if the memory belongs to another number of tasks.
         """
         averages, steps, winners = self._remembered(norms, memory)
-        corrected = 1.0 - self.ema_decay**steps if self.ema_bias_correction else 1.0
         sizes = [n if self.norm_cap is None else min(n, self.norm_cap) for n in norms]
-        strength = [n * corrected / a if a > 0 else 0.0 for n, a in zip(sizes, averages, strict=True)]
+        strength = [n / a if a > 0 else 0.0 for n, a in zip(sizes, averages, strict=True)]
         alive = [n > self.zero_tolerance * max(norms) for n in norms]
         state = Span(cosines, alive, 16.0 * rounding)
         stability = [0.0] * len(norms) if alignment is None else state.along(alignment)

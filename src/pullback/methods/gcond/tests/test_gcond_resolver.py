@@ -221,7 +221,11 @@ def test_stability_outweighs_strength_and_negative_stability_counts_as_none():
         found = run.step(pair(-0.9, (1.0, 3.0)))[1]
         assert found.stability == pytest.approx([1.0, 0.0 if before is aside else -1.0])
         assert found.conflicts[0].winner == 0  # the larger gradient loses to the one that keeps its direction
-    assert WithMemory().step(pair(-0.9, (1.0, 3.0)))[1].conflicts[0].winner == 1
+    new = pair(-0.9, (1.0, 3.0))
+    for larger, jacobian in enumerate((new.flip(0), new)):  # neither keeps its direction: the larger wins
+        run = WithMemory()
+        run.step(torch.stack([aside, -new[1]] if larger else [-new[1], aside]))
+        assert run.step(jacobian)[1].conflicts[0].winner == larger
 
 
 def test_running_means_begin_at_one_or_are_corrected():
@@ -375,14 +379,10 @@ def test_backward_and_autogram():
         ({"thresholds": (-0.5, 0.0)}, ValueError, r"thresholds must be \(critical, main, weak\), got"),
         ({"thresholds": -0.5}, ValueError, "thresholds must be"),
         ({"power": 0.0}, ValueError, "power must be > 0, got 0"),
-        ({"max_iters": 0}, ValueError, "max_iters must be >= 1, got 0"),
         ({"smooth": "yes"}, ValueError, "smooth must be one of True, False"),
-        ({"arbiter_weights": (0.0, 0.0)}, ValueError, "arbiter_weights must not both be 0"),
         ({"arbiter_weights": (-1.0, 1.0)}, ValueError, "arbiter_weights must be >= 0, got -1"),
         ({"stability_reference": "Raw"}, ValueError, "Did you mean 'raw'"),
-        ({"dominance_window": -1}, ValueError, "dominance_window must be >= 0, got -1"),
         ({"ema_decay": 1.1}, ValueError, r"ema_decay must be in \[0, 1\], got 1.1"),
-        ({"norm_cap": 0.0}, ValueError, "norm_cap must be > 0, got 0"),
         ({"zero_tolerance": -1.0}, ValueError, "zero_tolerance must be >= 0, got -1"),
         ({"power": "2"}, TypeError, "power must be a number"),
     ],
