@@ -18,12 +18,16 @@ if _NAME not in sys.modules:  # importlib mode puts no folder of tests on the pa
 
 from synthetic_results import HOSTILE, hostile, several  # noqa: E402
 
+from pullback.core import facts  # noqa: E402
 from pullback.lab.report import write_report  # noqa: E402
 
 
 @pytest.fixture(scope="session")
 def report_folder(tmp_path_factory) -> Path:
-    return write_report(several(), tmp_path_factory.mktemp("report") / "pages").parent
+    known = {room: fact for room, fact in facts.rooms().items() if room in several()}
+    with pytest.MonkeyPatch.context() as patch:  # the index lists every room there is; these tests count rows
+        patch.setattr(facts, "rooms", lambda: known)
+        return write_report(several(), tmp_path_factory.mktemp("report") / "pages").parent
 
 
 @pytest.fixture(scope="session")
