@@ -38,9 +38,9 @@ class BetaKernel(Objective):
     any competence per example in [0, 1] will do; the paper's are a distillation loss and a pass rate.
 
     A rate of NaN means *unknown* (no verifier, never measured): such an example gets the mean weight of the known
-    ones, and weight 1 where none is known. Where every weight is zero (all solved, or all out of reach) the result
-    is zero with zero gradients, the call is counted in ``empty``, and the first one warns; leave such steps out with
-    `active`, because an optimizer with momentum or weight decay moves even without gradients.
+    ones, and weight 1 where none is known. A call whose weights are all zero gives zero with zero gradients and is
+    counted in ``empty``; leave such steps out with `active`, because an optimizer with momentum or weight decay moves
+    even without gradients. Where nothing in the pool has a weight (all solved, or out of reach) it warns, once.
 
     Args:
         alpha: exponent of p, >= 0; 0 with ``beta=0`` weighs all alike (0^0 is 1).
@@ -118,55 +118,57 @@ class BetaKernel(Objective):
         rate = floating("rate", rate, ndim=1, fix="Pass one competence per example.").detach()
         n = len(rate if loss is None else floating("loss", loss, ndim=1, fix=_PER_EXAMPLE))
         size = n if count is None else integer("count", count, minimum=max(n, 1), fix=_BEFORE)
+        raw = self._raw(rate)
         if loss is None:
-            return self._watch(rate, self._weights(rate, size - n), None)
+            weights = self._normalized(raw, size - n)
+            return self._watch(rate, raw, weights, weights)
         if not size:
             raise ValueError(
                 "loss must hold at least one example, got none. Leave the step out, or pass count=."
             )
-        weights = self._batch_weights(rate, loss, ids, size - n)
+        weights = self._batch_weights(raw, loss, ids, size - n)
         terms = torch.where(weights != 0, weights * loss, 0)  # a loss of weight zero may be anything
         total = terms if self.reduction == "none" else terms.sum()
-        return self._watch(rate, weights, total / size if self.reduction == "mean" else total)
+        return self._watch(rate, raw, weights, total / size if self.reduction == "mean" else total)
 
-    def active(self, rate: Tensor, *, least: int = 0) -> Tensor:
-        """Positions of the examples whose weight is not zero; leaving out the others is exact, and cheaper.
+    def active(self, rate: Tensor, ids: Tensor | None = None, *, least: int = 0) -> Tensor:
+        """Examples whose weight is not zero; leaving out the others is exact, and cheaper.
 
         Args:
-            rate: competences [n] in [0, 1] or NaN.
+            rate: competences [pool] in [0, 1] or NaN.
+            ids: positions [n] of the batch in the pool; None: all of it.
             least: keep at least so many examples, of weight zero if need be: 1 under DDP, where every rank must
                 run the backward pass, 0 in one process.
 
         Returns:
-            Ascending positions [m], int64. Reads the device, as every index of data-dependent length does.
+            Those of ``ids`` that are kept, in their order. Reads the device, as all indices of unknown length do.
 
         Raises:
             ValueError: if a rate lies outside [0, 1] or ``least`` is negative.
         """
         rate = floating("rate", rate, ndim=1).detach()
         wanted = integer("least", least, minimum=0)
-        raw, known = self._raw(rate)
-        kept = (raw != 0) | ~known
-        self._watch(rate, torch.ones_like(raw) if wanted else kept, None)
+        ids = torch.arange(len(rate), device=rate.device) if ids is None else _ids(ids).to(rate.device)
+        raw = self._raw(rate)
+        kept = (raw != 0)[ids]  # also true for NaN
+        self._watch(rate, raw, kept | bool(wanted), kept)
         if wanted:  # of those without a weight, the first few
             kept |= ~kept & ((~kept).cumsum(0) <= wanted - kept.sum())
-        return kept.nonzero().squeeze(1)
+        return ids[kept]
 
     def extra_repr(self) -> str:
         """Exponents and options."""
         return f"alpha={self.alpha:g}, beta={self.beta:g}, normalize={self.normalize!r}, reduction={self.reduction!r}"
 
-    def _raw(self, rate: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights before the normaliser, zero where unknown, and where they are known."""
+    def _raw(self, rate: Tensor) -> Tensor:
+        """Weights before the normaliser, NaN where unknown."""
         p = rate if rate.dtype == torch.float64 else rate.float()
-        known = ~p.isnan()
-        p = torch.where(known, p, 0.5)
-        return torch.where(known, p.pow(self.alpha) * (1 - p).pow(self.beta), 0), known
+        return torch.where(p.isnan(), torch.nan, p.pow(self.alpha) * (1 - p).pow(self.beta))
 
-    def _weights(self, rate: Tensor, left_out: int) -> Tensor:
+    def _normalized(self, raw: Tensor, left_out: int) -> Tensor:
         """Weights [n]; their mean is over as many more examples of weight zero as were left out."""
-        raw, known = self._raw(rate)
-        total, number = raw.sum(), known.sum() + left_out
+        known = ~raw.isnan()
+        total, number = raw.nansum(), known.sum() + left_out
         if self.normalize == "batch-mean" and dist.is_available() and dist.is_initialized():
             both = torch.stack([total, number.to(total.dtype)])
             dist.all_reduce(both, group=self.group)
@@ -176,51 +178,51 @@ class BetaKernel(Objective):
             return torch.where(known, raw, mean)
         return torch.where(mean > 0, torch.where(known, raw / mean, 1), 0)
 
-    def _batch_weights(self, rate: Tensor, loss: Tensor, ids: Tensor | None, left_out: int) -> Tensor:
+    def _batch_weights(self, raw: Tensor, loss: Tensor, ids: Tensor | None, left_out: int) -> Tensor:
         if ids is not None:
-            ids = _ids(ids).to(rate.device)
+            ids = _ids(ids).to(raw.device)
             batch = self.normalize == "batch-mean"
-            weights = self._weights(rate[ids], left_out) if batch else self._weights(rate, 0)[ids]
+            weights = self._normalized(raw[ids], left_out) if batch else self._normalized(raw, 0)[ids]
         elif self.normalize == "pool-mean":
             raise ValueError(
                 "ids must be given with normalize='pool-mean', got None. Pass the rates of the whole pool and "
                 "the ids of the batch, or use normalize='batch-mean'."
             )
         else:
-            weights = self._weights(rate, left_out)
+            weights = self._normalized(raw, left_out)
         if weights.shape != loss.shape:
             raise ValueError(
                 f"loss must hold one value per weight, got {len(loss)} for {len(weights)}. {_PER_EXAMPLE}"
             )
         return weights.to(loss.device, torch.promote_types(loss.dtype, torch.float32))
 
-    def _watch(self, rate: Tensor, weights: Tensor, total: Tensor | None) -> Tensor:
-        """Check the rates and what came of them in one read; count and warn where nothing has a weight."""
-        result = weights if total is None else total
+    def _watch(self, rate: Tensor, raw: Tensor, weights: Tensor, result: Tensor) -> Tensor:
+        """Check the rates and what came of them in one read; count batches, warn of pools without a weight."""
         if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
             return result
-        nothing = (weights == 0).all() if len(weights) else torch.zeros((), dtype=torch.bool)
-        flags = [((rate < 0) | (rate > 1)).any(), nothing, result.detach().isfinite().all()]
-        outside, none_left, fine = torch.stack([flag.to(result.device) for flag in flags]).tolist()
+        flags = [
+            ((rate < 0) | (rate > 1)).any(),
+            ~weights.any(),
+            ~raw.nan_to_num().any() & ~raw.isnan().all(),
+            result.detach().isfinite().all(),
+        ]
+        outside, nothing, exhausted, fine = torch.stack([flag.to(result.device) for flag in flags]).tolist()
         if outside:
             bad = rate[(rate < 0) | (rate > 1)][0]
             raise ValueError(
                 f"rate must lie in [0, 1], got {float(bad):g}. Divide passes by tries; NaN stands for unknown."
             )
-        if none_left:
-            self._nothing()
-        return result if fine else self._not_finite(result)
-
-    def _nothing(self) -> None:
-        self.empty.add_(1)
-        if not self._warned:
+        if nothing and len(weights):
+            self.empty.add_(1)
+        if exhausted and not self._warned:
             self._warned = True
             warnings.warn(
-                "BetaKernel: every weight is zero, because all examples are solved or out of reach. This call gives "
-                "zero; leave such steps out, refresh the rates, or smooth them. Counted in .empty, warned once.",
+                "BetaKernel: every weight is zero, because all examples are solved or out of reach. Leave such steps "
+                "out, refresh the rates, or smooth them. Counted in .empty, warned once.",
                 RuntimeWarning,
-                stacklevel=6,
+                stacklevel=5 if weights.dtype != torch.bool else 3,
             )
+        return result if fine else self._not_finite(result)
 
     def _not_finite(self, total: Tensor) -> Tensor:
         text = "BetaKernel: the weighted loss is NaN or Inf. Lower the learning rate, or look at the losses"

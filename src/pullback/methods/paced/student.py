@@ -309,11 +309,14 @@ def _vectorized(
 
     def loss(points: Mapping[str, Tensor], example: Any) -> Tensor:
         def call(*args: Any, **kwargs: Any) -> Any:
-            return torch.func.functional_call(model, dict(points), args, kwargs)
+            return torch.func.functional_call(model, {**others, **points}, args, kwargs)
 
         return loss_fn(call, _map("batch", lambda leaf: leaf.unsqueeze(0), example)).sum()
 
-    points = {name: p.detach() for name, p in params.items()}
+    others = {
+        name: p.detach() for name, p in model.named_parameters()
+    }  # detached: no graph is built for them
+    points = {name: others.pop(name) for name in params}
     found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0), chunk_size=chunk)(points, batch)
     return list(found.values())
 
@@ -346,7 +349,8 @@ def _ratios(gram: np.ndarray, counts: np.ndarray, level: float) -> tuple[float, 
     """snr, low, high, signal, noise and naive ratio of one group.
 
     The interval is the basic bootstrap: resamples hold repeated examples, which adds 1/n to their ratios, so that
-    their errors are taken around the ratio of the resampled population itself, not around the estimate.
+    their errors are taken around the ratio of the resampled population itself, not around the estimate. Where
+    the signal is weak it is too wide rather than too narrow.
     """
     n = len(gram)
     squares = np.diag(gram)

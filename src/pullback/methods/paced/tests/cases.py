@@ -17,7 +17,7 @@ _kernel: Any = BetaKernel  # with arguments of wrong types, which must be refuse
 class BetaKernelOfEighths(BetaKernel):
     """A kernel whose rates come as whole eighths: no input of the contract's that wants a gradient."""
 
-    def forward(self, loss, eighths):
+    def forward(self, loss, eighths):  # ty: ignore[incompatible-method-override]
         ids = torch.arange(len(loss)) if self.normalize == "pool-mean" else None
         return super().forward(eighths.double() / 8, loss, ids)
 
@@ -25,7 +25,9 @@ class BetaKernelOfEighths(BetaKernel):
 class Distillation(Objective):
     """`distillation_loss` as a module, with a teacher of its own; ``how`` are its keywords."""
 
-    def __init__(self, reduction="mean", **how):
+    teacher: torch.Tensor
+
+    def __init__(self, reduction: Any = "mean", **how: Any):
         super().__init__()
         self.reduction, self.how = reduction, how
         spread = torch.linspace(-2.0, 2.0, 5, dtype=torch.float64)
@@ -98,7 +100,9 @@ CASES = (
             lambda: _kernel(beta=True),
         ),
     ),
-    _objective("BetaKernel[batch]", lambda: BetaKernelOfEighths(2.0, 0.5, normalize="batch-mean"), _some_zero),
+    _objective(
+        "BetaKernel[batch]", lambda: BetaKernelOfEighths(2.0, 0.5, normalize="batch-mean"), _some_zero
+    ),
     _objective("BetaKernel[none]", lambda: BetaKernelOfEighths(normalize="none"), _some_zero),
     _objective("distillation_loss[forward]", Distillation, _logits),
     _objective(
@@ -106,7 +110,9 @@ CASES = (
         lambda: Distillation(divergence="reverse_kl", temperature=2.0, chunk=3),
         _logits,
     ),
-    _objective("distillation_loss[jsd]", lambda: Distillation(divergence="jsd", beta=0.3, tokens="sum"), _logits),
+    _objective(
+        "distillation_loss[jsd]", lambda: Distillation(divergence="jsd", beta=0.3, tokens="sum"), _logits
+    ),
     Case(name="gradient_snr", kind="probe", build=SNR, model=_model),
     Case(name="gradient_snr[looped]", kind="probe", build=lambda: SNR(vectorize=False), model=_model),
 )
