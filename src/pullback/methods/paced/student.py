@@ -78,10 +78,11 @@ def rollout(
     and give its rewards to `PassRateTracker`. Every new token reads the device once, to see whether all have stopped.
 
     Args:
-        model: ``model(tokens [n, t]) -> logits [n, t, vocabulary]``, which computes the whole prefix anew for each
-            token (cost quadratic in the length). With ``cached``: ``model(tokens, cache) -> (logits, cache)``, first
-            with all of the prompt and cache None, then with one new token; the cache is a tensor, or a tuple, list or
-            mapping of tensors (None allowed), rows first. The prompt is then run once for all ``k`` answers.
+        model: ``model(tokens [n, t]) -> logits [n, t, vocabulary]`` (the last position alone will do), which computes
+            the whole prefix anew for each token, at a cost quadratic in the length. With ``cached``:
+            ``model(tokens, cache) -> (logits, cache)``, first with all of the prompt and cache None, then with one
+            new token; the cache is a tensor, or a tuple, list or mapping of tensors (None allowed), rows first. The
+            prompt is then run once for all ``k`` answers.
         prompts: int tokens [n, t], or a list of 1-dim ones, whose lengths may differ (equal ones share a batch, so
             that nothing is padded).
         k: answers per prompt.
@@ -141,10 +142,15 @@ def _prompts(prompts: Tensor | Sequence[Tensor]) -> list[Tensor]:
 def _next(model: Callable[..., Any], tokens: Tensor, cache: Any, cached: bool) -> tuple[Tensor, Any]:
     """Logits of the token that follows [rows, vocabulary], and the cache."""
     logits, cache = model(tokens, cache) if cached else (model(tokens), None)
-    if not isinstance(logits, Tensor) or logits.shape[:-1] != tokens.shape:
+    if (
+        not isinstance(logits, Tensor)
+        or logits.dim() != 3
+        or len(logits) != len(tokens)
+        or not logits.shape[1]
+    ):
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(
-            f"model must give logits of shape {(*tokens.shape, 'vocabulary')}, got {got}. "
+            f"model must give logits of shape ({len(tokens)}, positions, vocabulary), got {got}. "
             "Wrap it in a function that returns the tensor of logits."
         )
     return logits[:, -1], cache

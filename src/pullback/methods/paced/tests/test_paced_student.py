@@ -162,7 +162,7 @@ def test_bad_rollouts_are_refused():
             (lambda t: t.float(), prompts, 2),
             {},
             ValueError,
-            r"logits of shape \(1, 2, 'vocabulary'\), got \(1, 2\)",
+            r"logits of shape \(1, positions, vocabulary\), got \(1, 2\)",
         ),
         ((lambda t: {"logits": t}, prompts, 2), {}, ValueError, "got dict"),
         ((lambda t: torch.full((*t.shape, 3), math.nan), prompts, 2), {}, NonFiniteError, "logits are NaN"),
