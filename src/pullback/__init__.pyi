@@ -12,20 +12,28 @@ from pullback.methods.dann import ShallowDANN as ShallowDANN
 from pullback.methods.dann import proxy_a_distance as proxy_a_distance
 from pullback.methods.gradient_noise import GradientNoise as GradientNoise
 from pullback.methods.gradient_noise import add_gradient_noise_ as add_gradient_noise_
+from pullback.methods.paced import BetaKernel as BetaKernel
+from pullback.methods.paced import PassRateTracker as PassRateTracker
+from pullback.methods.paced import distillation_loss as distillation_loss
+from pullback.methods.paced import gradient_snr as gradient_snr
 
 __version__: str
 
 __all__ = [
     "Attachment",
+    "BetaKernel",
     "ClipGradNorm",
     "DomainAdversarialLoss",
     "GradientNoise",
     "GradientReversal",
     "NonFiniteError",
+    "PassRateTracker",
     "ShallowDANN",
     "add_gradient_noise_",
     "attach",
     "cite",
+    "distillation_loss",
+    "gradient_snr",
     "proxy_a_distance",
     "schedules",
 ]

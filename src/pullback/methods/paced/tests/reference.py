@@ -72,6 +72,16 @@ def snr(gradients):
     return (square - trace / n) / trace, square / trace
 
 
+def bootstrap_interval(gradients, counts, level):
+    """Basic bootstrap of `snr`: errors of resamples around the ratio of the population they are drawn from."""
+    g = np.asarray(gradients, dtype=np.float64)
+    mean = g.sum(0) / len(g)
+    population = float(mean @ mean) / (sum(float((row - mean) @ (row - mean)) for row in g) / len(g))
+    errors = [snr(np.repeat(g, row, axis=0))[0] - population for row in counts]
+    estimate = snr(g)[0]
+    return estimate - np.quantile(errors, (1 + level) / 2), estimate - np.quantile(errors, (1 - level) / 2)
+
+
 def efficiency(weights, signal, noise):
     """Squared signal over variance of a weighted mean of independent gradients."""
     return sum(w * s for w, s in zip(weights, signal, strict=True)) ** 2 / sum(

@@ -144,6 +144,8 @@ def test_the_teacher_gets_no_gradient():
     each(student.requires_grad_(), teacher).sum().backward()
     assert teacher.grad is None
     assert student.grad is not None
+    (slope,) = torch.autograd.grad(each(student, teacher).sum(), student, create_graph=True)
+    assert torch.autograd.grad(slope.square().sum(), teacher, allow_unused=True) == (None,)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -207,7 +207,7 @@ def both_measured(rank):
     tracker.update(torch.tensor([1]), torch.tensor([[rank, rank]]), step=5 + rank)
     tracker.synchronize()
     tracker.synchronize()  # nothing new: nothing changes
-    return [tracker.rate, tracker.measured_at, torch.tensor(tracker.clock)]
+    return [tracker.rate, tracker.measured_at, torch.tensor(tracker.clock), tracker.tries]
 
 
 def worker(rank, folder):
@@ -227,7 +227,8 @@ def worker(rank, folder):
 def test_two_ranks_equal_one_process(tmp_path):
     torch.multiprocessing.spawn(worker, args=(str(tmp_path),), nprocs=2)
     ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
-    for rate, measured_at, clock in (ranks[0][0], ranks[1][0]):
+    for rate, measured_at, clock, tries in (ranks[0][0], ranks[1][0]):
+        assert tries.tolist() == [4.0, 2.0, 0.0]
         assert rate.nan_to_num(-1).tolist() == [0.75, 1.0, -1.0]
         assert (measured_at.tolist(), int(clock)) == ([4, 6, -1], 6)
     for normalize, first, second in zip(("pool-mean", "batch-mean"), ranks[0][1:], ranks[1][1:], strict=True):

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from pullback.core.checks import NonFiniteError
+from pullback.core.streams import numpy_generator
 from pullback.methods.paced import distillation_loss, gradient_snr, rollout
 from pullback.methods.paced.tests import reference
 
@@ -208,6 +209,15 @@ def test_ratios_are_the_references(vectorize):
     assert float(found.signal / found.noise) == pytest.approx(wanted[0])
     assert found.examples.tolist() == [12]
     assert found.groups == ("only",)
+
+
+def test_intervals_are_the_references():
+    gradients = np.random.default_rng(3).exponential(size=(15, 4))
+    found = measured(gradients, bootstrap=40, level=0.8, seed=5)
+    counts = numpy_generator("gradient-snr", 5, 0).multinomial(15, [1 / 15] * 15, 40)
+    wanted = reference.bootstrap_interval(gradients, counts, 0.8)
+    assert (float(found.low), float(found.high)) == pytest.approx(wanted)
+    assert float(found.low) < float(found.snr) < float(found.high)
 
 
 def test_the_estimate_is_unbiased_and_the_naive_one_is_off_by_one_over_n():
