@@ -17,6 +17,10 @@ from pullback.methods.gcond import MomentumWriter as MomentumWriter
 from pullback.methods.gcond import TaskAccumulator as TaskAccumulator
 from pullback.methods.gradient_noise import GradientNoise as GradientNoise
 from pullback.methods.gradient_noise import add_gradient_noise_ as add_gradient_noise_
+from pullback.methods.paced import BetaKernel as BetaKernel
+from pullback.methods.paced import PassRateTracker as PassRateTracker
+from pullback.methods.paced import distillation_loss as distillation_loss
+from pullback.methods.paced import gradient_snr as gradient_snr
 from pullback.methods.sam_gs import SAMGS as SAMGS
 from pullback.methods.sam_gs import multitask_backward as multitask_backward
 
@@ -25,6 +29,7 @@ __version__: str
 __all__ = [
     "SAMGS",
     "Attachment",
+    "BetaKernel",
     "ClipGradNorm",
     "ConflictMonitor",
     "ConflictResolver",
@@ -34,11 +39,14 @@ __all__ = [
     "GradientReversal",
     "MomentumWriter",
     "NonFiniteError",
+    "PassRateTracker",
     "ShallowDANN",
     "TaskAccumulator",
     "add_gradient_noise_",
     "attach",
     "cite",
+    "distillation_loss",
+    "gradient_snr",
     "multitask_backward",
     "proxy_a_distance",
     "schedules",
