@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._functorch.config as functorch
 from torch import nn
 from torchjd.aggregation import PCGrad
 from torchjd.autojac import jac_to_grad
@@ -142,7 +143,7 @@ def test_torchjds_aggregators_run_in_the_same_loop():
 def test_a_compiled_trunk():
     model, plain = Model(), Model()
     torch.compiler.reset()
-    with torch._functorch.config.patch(donated_buffer=False):  # a graph that is used once per task
+    with functorch.patch(donated_buffer=False):  # a graph that is used once per task
         compiled = torch.compile(model.trunk, backend="aot_eager")
         z = compiled(batch())
         losses = [s * head(z).square().mean() for s, head in zip((1.0, 0.03, 30.0), model.heads, strict=True)]
