@@ -39,21 +39,29 @@ def trajectories(result: TrialResult, toy: landscapes.Toy, arms: Sequence[str]) 
             above.set_title(arm)
             if path is not None:
                 _paths(above, below, path.astype(np.float64), toy, colours[arm])
+            above.set(xlabel="first parameter")
             below.set(xlabel="loss 1")
             if column == 0:
                 above.set(ylabel="second parameter")
                 below.set(ylabel="loss 2")
+    _same_limits(axes[len(arms) :])
     return figure
+
+
+def _same_limits(axes: Sequence[Axes]) -> None:
+    left, right = zip(*(ax.get_xlim() for ax in axes), strict=True)
+    low, high = zip(*(ax.get_ylim() for ax in axes), strict=True)
+    for ax in axes:
+        ax.set(xlim=(min(left), max(right)), ylim=(min(low), max(high)))
 
 
 def _contours(ax: Axes, toy: landscapes.Toy) -> None:
     left, right, low, high = _PLANE[toy]
-    a, b = np.linspace(left, right, 97), np.linspace(low, high, 101)
+    a, b = np.linspace(left, right, 61), np.linspace(low, high, 65)
     points = np.stack([each.ravel() for each in np.meshgrid(a, b)])
     total = landscapes.evaluate(points, toy).losses.sum(0).reshape(len(b), len(a))
-    ax.contour(
-        a, b, total, levels=np.quantile(total, np.linspace(0.02, 0.98, 13)), colors=GRID, linewidths=0.7
-    )
+    levels = np.quantile(total, np.linspace(0.03, 0.97, 9))
+    ax.contour(a, b, total, levels=levels, colors=GRID, linewidths=0.7, linestyles="solid")
     ax.set(xlim=(left, right), ylim=(low, high))
 
 

@@ -212,7 +212,7 @@ def run_landscape(
             sample = landscapes.evaluate(points, cfg.toy)
             below = (sample.losses.sum(0) < cfg.solved) & (reached == cfg.steps)
             reached[below] = step
-            if step % max(1, cfg.steps // 200) == 0:
+            if step % max(1, cfg.steps // 125) == 0:
                 path.append(points[:, : starts.shape[1]].astype(np.float32))
             if reached.max() < cfg.steps:
                 break
@@ -275,7 +275,7 @@ def overlaid_study(name: str, title: str, scales: tuple[float, float, float]) ->
         run=run_overlaid,
         arms=lab.Arms(baseline="sum", method="sam-gs", rivals=("equalise",), others=("pcgrad",)),
         primary=DELTA,
-        sizes={"smoke": replace(full, steps=60, batch=64, held=300), "full": full},
+        sizes={"smoke": replace(full, steps=20, batch=64, held=300), "full": full},
         hp={"*": {"lr": 4e-3}, "sam-gs": {"gamma": 0.7}},
         tune=lab.Tune(
             trials=10,
@@ -338,7 +338,7 @@ def landscape_study(name: str, title: str, full: Landscape) -> lab.Study:
             others=("pcgrad", "sam-gs-paper"),
         ),
         primary=count("steps"),
-        sizes={"smoke": replace(full, steps=2000), "full": full, "tuning": replace(full, rates=())},
+        sizes={"smoke": replace(full, steps=300), "full": full, "tuning": replace(full, rates=())},
         hp={"*": {"lr": 1e-2}},
         tune=lab.Tune(
             trials=8,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -199,3 +200,21 @@ def test_equalise_is_surgery_with_a_threshold_out_of_reach():
     assert study.run_overlaid(cfg, "sam-gs", {"lr": 0.01, "gamma": 2.0}, 100, Kept()) == always
     assert always["equalised"] == 1.0
     assert study.run_overlaid(cfg, "sam-gs", {"lr": 0.01, "gamma": 0.0}, 100, Kept())["equalised"] == 0.0
+
+
+@pytest.mark.parametrize("declared", TOYS, ids=lambda each: each.name)
+def test_paths_are_drawn_from_what_a_run_keeps(monkeypatch, declared):
+    monkeypatch.setattr(study, "TEST_SEEDS", (100,))
+    log = Kept()
+    study.run_landscape(replace(declared.sizes["smoke"], steps=50), "sam-gs", {"lr": 0.05}, 100, log)
+    arms = [SimpleNamespace(name=name, role=declared.arms.role(name)) for name in declared.arms.names()]
+    result = SimpleNamespace(arms=arms, array=lambda arm, name: log.arrays[name] if arm == "sam-gs" else None)
+    figure = declared.figures[0].draw(result)
+    above, below = figure.axes[3], figure.axes[7]
+    starts = len(landscapes.STARTS[declared.sizes["full"].toy])
+    assert above.get_title(loc="left") == "sam-gs"
+    assert len(above.lines) == 3 * starts
+    assert len(below.lines) == 2 * starts
+    np.testing.assert_allclose(above.lines[0].get_xdata(), log.arrays["path"][:, 0, 0])
+    assert not figure.axes[0].lines  # an arm that kept nothing
+    assert figure.axes[4].get_xlim() == below.get_xlim()
