@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from pullback.lab.cli import run
+from pullback.lab.cli import main, run
 
 COMMAND = (sys.executable, "-m", "pullback.lab.cli")
 TRIAL = """
@@ -149,3 +149,33 @@ def test_a_name_that_the_terminal_cannot_show_is_escaped(tmp_path):
     done = subprocess.run(words, capture_output=True, timeout=120, check=False, env=environment)
     assert (done.returncode, done.stderr) == (0, b"")
     assert b"caf\\udce9.py" in done.stdout
+
+
+def test_an_interrupt_while_the_command_loads_leaves_one_line(monkeypatch, capsys):
+    def interrupted(_name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("importlib.util.find_spec", interrupted)
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 130
+    assert capsys.readouterr().err == "pullback: interrupted. Nothing has been started.\n"
+
+
+def test_a_file_that_is_edited_or_gone_at_the_end_does_not_cost_the_report(trial_file, tmp_path):
+    body = 'import os; os.path.exists(__file__) and os.remove(__file__); return {"score": seed + len(arm)}'
+    words = (
+        "trial",
+        trial_file(body),
+        "--size",
+        "smoke",
+        "--seeds",
+        "1",
+        "--workers",
+        "1",
+        "--out",
+        tmp_path / "runs",
+    )
+    done = start(*words)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "runs" / "report" / "index.html").is_file()

@@ -112,6 +112,7 @@ def check(refs: Sequence[StudyRef], plan: Plan) -> None:
 def run(refs: Sequence[StudyRef], plan: Plan) -> int:
     """Run trials one after the other, print each verdict, write the report; returns the exit status."""
     check(refs, plan)
+    figures = places.drawings(refs)
     executor = _executor(plan)
     status = 0
     with Store(places.store_path(plan.out)) as store, closing(executor):
@@ -140,7 +141,7 @@ def run(refs: Sequence[StudyRef], plan: Plan) -> int:
             status = max(status, tell(ref.label, result))
     # An interrupted command still reports the trials that were finished before it.
     if places.stored(plan.out):
-        say(f"report: {places.report(plan.out, with_evidence=False, refs=refs)}")
+        say(f"report: {places.report(plan.out, with_evidence=False, figures=figures)}")
     return status
 
 
