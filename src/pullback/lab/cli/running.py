@@ -11,6 +11,7 @@ from pullback.lab.cli import places
 from pullback.lab.cli.progress import make_progress
 from pullback.lab.cli.terminal import complain, say
 from pullback.lab.declare import Scalar
+from pullback.lab.doctor import require_torch
 from pullback.lab.engine import (
     Executor,
     Interrupted,
@@ -111,6 +112,7 @@ def check(refs: Sequence[StudyRef], plan: Plan) -> None:
 
 def run(refs: Sequence[StudyRef], plan: Plan) -> int:
     """Run trials one after the other, print each verdict, write the report; returns the exit status."""
+    require_torch()
     check(refs, plan)
     figures = places.drawings(refs)
     executor = _executor(plan)
@@ -169,6 +171,7 @@ def tell(label: str, result: TrialResult) -> int:
 
 def tune(refs: Sequence[StudyRef], plan: Plan) -> int:
     """Tune the trials that declare a tuning; returns the exit status."""
+    require_torch()
     tunable = [ref for ref in refs if ref.resolve().tune is not None]
     if not tunable:
         raise UsageError(
