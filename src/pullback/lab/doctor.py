@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 
 from pullback.lab.cli.terminal import say
+from pullback.lab.engine.errors import TrialError
 
 OLDEST_TORCH = (2, 9)
 _EXTRAS = {
@@ -76,6 +77,17 @@ def torch_finding(version: str | None) -> Finding:
     if numbers < OLDEST_TORCH:
         return Finding("torch", f"{version}, older than {wanted}", fix, fatal=True)
     return Finding("torch", version)
+
+
+def require_torch() -> None:
+    """Refuse to run anything with a torch that cannot do it.
+
+    Raises:
+        TrialError: if torch is missing or too old, with the command that installs it.
+    """
+    found = torch_finding(_version("torch"))
+    if found.fatal:
+        raise TrialError(f"torch: {found.value}. {found.fix}")
 
 
 def _threads() -> Finding:

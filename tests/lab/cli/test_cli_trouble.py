@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from pullback.lab.cli import run
+from pullback.lab import Store
+from pullback.lab.cli import main, run
 
 COMMAND = (sys.executable, "-m", "pullback.lab.cli")
 TRIAL = """
@@ -149,3 +150,58 @@ def test_a_name_that_the_terminal_cannot_show_is_escaped(tmp_path):
     done = subprocess.run(words, capture_output=True, timeout=120, check=False, env=environment)
     assert (done.returncode, done.stderr) == (0, b"")
     assert b"caf\\udce9.py" in done.stdout
+
+
+def test_an_interrupt_while_the_command_loads_leaves_one_line(monkeypatch, capsys):
+    def interrupted(_name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("importlib.util.find_spec", interrupted)
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 130
+    assert capsys.readouterr().err == "pullback: interrupted. Nothing has been started.\n"
+
+
+def test_a_file_that_is_edited_or_gone_at_the_end_does_not_cost_the_report(trial_file, tmp_path):
+    body = 'import os; os.path.exists(__file__) and os.remove(__file__); return {"score": seed + len(arm)}'
+    words = (
+        "trial",
+        trial_file(body),
+        "--size",
+        "smoke",
+        "--seeds",
+        "1",
+        "--workers",
+        "1",
+        "--out",
+        tmp_path / "runs",
+    )
+    done = start(*words)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "runs" / "report" / "index.html").is_file()
+
+
+def test_a_torch_that_is_too_old_is_one_line_with_the_cure(trial_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("pullback.lab.doctor._version", lambda _package: "2.5.1")
+    for words in (["trial", trial_file()], ["study", "dann", "--size", "smoke"], ["tune", "dann"]):
+        assert run([*words, "--out", str(tmp_path / "runs")]) == 1
+        told = capsys.readouterr().err
+        assert told == 'pullback: torch: 2.5.1, older than 2.9. Install it with: pip install "torch>=2.9"\n'
+    assert not (tmp_path / "runs").exists()
+
+
+def test_workers_that_cannot_start_leave_no_failed_runs(trial_file, tmp_path):
+    broken = tmp_path / "broken" / "torch"
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text("raise OSError('libtorch.so cannot be opened')\n")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(broken.parent), *sys.path])}
+    words = ("trial", trial_file(), "--size", "smoke", "--workers", "1", "--out", tmp_path / "runs")
+    done = start(*words, env=environment)
+    assert done.returncode == 1
+    assert "no worker process could be started" in done.stderr.splitlines()[-1]
+    assert "a worker cannot import torch: OSError: libtorch.so cannot be opened" in done.stderr
+    assert "Traceback" not in done.stderr
+    with Store(tmp_path / "runs" / "store.sqlite", read_only=True) as store:
+        assert store.seconds_by_arm("mine.py:main", "smoke") == {}
+        assert store._db.execute("SELECT count(*) FROM cells").fetchone() == (0,)

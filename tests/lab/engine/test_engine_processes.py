@@ -180,6 +180,20 @@ def test_handlers_come_back_and_a_second_signal_ends_at_once():
     assert (done.returncode, done.stdout) == (143, "")
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs a pseudo terminal")
+def test_a_second_signal_brings_the_cursor_back():
+    code = (
+        "import os, signal\nfrom pullback.lab.engine.stop import polite_stop\n"
+        "with polite_stop():\n    os.kill(os.getpid(), signal.SIGINT)\n    os.kill(os.getpid(), signal.SIGINT)"
+    )
+    ours, theirs = os.openpty()
+    done = subprocess.run([sys.executable, "-c", code], stdout=theirs, timeout=60, check=False)
+    assert done.returncode == 130
+    assert os.read(ours, 100).startswith(b"\x1b[?25h")
+    os.close(ours)
+    os.close(theirs)
+
+
 def test_interrupted_reads_well():
     stopped = Interrupted(signal.SIGTERM, "3 of 16 runs are kept.")
     assert (stopped.exit_code, str(stopped)) == (143, "SIGTERM: 3 of 16 runs are kept.")

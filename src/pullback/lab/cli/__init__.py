@@ -23,7 +23,12 @@ _NEEDED = (
 
 def main() -> None:
     """Entry point of the ``pullback`` command."""
-    sys.exit(run(sys.argv[1:]))
+    try:
+        status = run(sys.argv[1:])
+    except KeyboardInterrupt:  # while the command's own modules were loaded
+        print("pullback: interrupted. Nothing has been started.", file=sys.stderr)
+        status = 130
+    sys.exit(status)
 
 
 def run(tokens: Sequence[str]) -> int:

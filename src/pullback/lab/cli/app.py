@@ -113,7 +113,10 @@ def _line(error: Exception) -> str:
         return f"cannot use{place}: {reason}. Choose another folder or free some space."
     if type(error).__module__.startswith("pullback"):
         return str(error)
-    return f"unexpected {type(error).__name__}: {error}. Run it again with --debug to see where."
+    if isinstance(error, MemoryError):
+        return "memory ran out. What is finished is kept; use --workers 1 or free some memory."
+    reason = str(error).rstrip(".")
+    return f"unexpected {type(error).__name__}: {reason}. Run it again with --debug to see where."
 
 
 def _misuse(error: Exception) -> bool:

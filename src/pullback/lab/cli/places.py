@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pullback
-from pullback.lab.declare import Drawing
+from pullback.lab.declare import Drawing, Figure
 from pullback.lab.engine import StudyRef
 from pullback.lab.evidence import read_evidence
 from pullback.lab.result import TrialResult
 from pullback.lab.store import Store
 
 Results = dict[str | None, list[TrialResult]]
+Drawings = dict[tuple[str, str], Sequence[Figure]]
 
 
 def store_path(out: Path) -> Path:
@@ -59,14 +60,19 @@ def declared_order(room: str | None, results: list[TrialResult]) -> list[TrialRe
     return sorted(results, key=lambda r: names.index(r.name) if r.name in names else len(names))
 
 
-def report(out: Path, *, with_evidence: bool, refs: Sequence[StudyRef] = ()) -> Path:
-    """Write the report of an output folder and return its index page; ``refs`` bring drawings of a user's file."""
-    from pullback.lab.report import write_report
-
-    results = {**(committed() if with_evidence else {}), **stored(out)}
-    figures = {}
+def drawings(refs: Sequence[StudyRef]) -> Drawings:
+    """Figures of users' files that hold drawings; asked for before a run, since files are edited meanwhile."""
+    found: Drawings = {}
     for ref in refs:
         drawn = ref.resolve().figures if ref.file is not None else ()
         if any(isinstance(figure, Drawing) for figure in drawn):
-            figures[Path(str(ref.file)).name, ref.name] = drawn
+            found[Path(str(ref.file)).name, ref.name] = drawn
+    return found
+
+
+def report(out: Path, *, with_evidence: bool, figures: Drawings | None = None) -> Path:
+    """Write the report of an output folder and return its index page; ``figures`` are those of a user's file."""
+    from pullback.lab.report import write_report
+
+    results = {**(committed() if with_evidence else {}), **stored(out)}
     return Path(write_report(results, out / "report", figures=figures))

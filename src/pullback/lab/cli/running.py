@@ -11,6 +11,7 @@ from pullback.lab.cli import places
 from pullback.lab.cli.progress import make_progress
 from pullback.lab.cli.terminal import complain, say
 from pullback.lab.declare import Scalar
+from pullback.lab.doctor import require_torch
 from pullback.lab.engine import (
     Executor,
     Interrupted,
@@ -113,7 +114,9 @@ def check(refs: Sequence[StudyRef], plan: Plan) -> None:
 
 def run(refs: Sequence[StudyRef], plan: Plan) -> int:
     """Run trials one after the other, print each verdict, write the report; returns the exit status."""
+    require_torch()
     check(refs, plan)
+    figures = places.drawings(refs)
     executor = _executor(plan)
     status = 0
     with Store(places.store_path(plan.out)) as store, closing(executor):
@@ -142,7 +145,7 @@ def run(refs: Sequence[StudyRef], plan: Plan) -> int:
             status = max(status, tell(ref.label, result))
     # An interrupted command still reports the trials that were finished before it.
     if places.stored(plan.out):
-        say(f"report: {places.report(plan.out, with_evidence=False, refs=refs)}")
+        say(f"report: {places.report(plan.out, with_evidence=False, figures=figures)}")
     return status
 
 
@@ -180,6 +183,7 @@ def _told(c: Comparison, result: TrialResult) -> str:
 
 def tune(refs: Sequence[StudyRef], plan: Plan) -> int:
     """Tune the trials that declare a tuning; returns the exit status."""
+    require_torch()
     tunable = [ref for ref in refs if ref.resolve().tune is not None]
     if not tunable:
         raise UsageError(

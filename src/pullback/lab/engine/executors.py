@@ -67,6 +67,7 @@ class LocalExecutor:
             workers or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else workers or 1
         )
         self._pool: ProcessPool | None = None
+        self._proven = False  # whether any worker has ever given an outcome
 
     def __enter__(self) -> LocalExecutor:
         return self
@@ -86,7 +87,11 @@ class LocalExecutor:
     def run(
         self, source: Callable[[], Task | None], stop: Callable[[], bool]
     ) -> Generator[tuple[Task, Outcome]]:
-        """Yield each task with its outcome (see `Executor.run`); a lost worker costs one failed cell."""
+        """Yield each task with its outcome (see `Executor.run`); a lost worker costs one failed cell.
+
+        Raises:
+            TrialError: if no worker can be started at all.
+        """
         flying: dict[Future[Outcome], Task] = {}
         again: list[Task] = []
         restarts = 0
@@ -106,9 +111,15 @@ class LocalExecutor:
                     if outcome is None:
                         again.append(task)
                     else:
+                        self._proven = True
                         yield task, _name(task.cell, outcome)
                 if again:
                     restarts += 1
+                    if restarts == MAX_POOL_RESTARTS and not self._proven:
+                        raise TrialError(
+                            "no worker process could be started, so that nothing was run. Check free memory, and that "
+                            "`python -c 'import torch'` works."
+                        )
                     again += flying.values()
                     flying.clear()
                     self.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
 from collections.abc import Generator
 from types import FrameType
@@ -22,6 +23,13 @@ class Stop:
         return self.signum is not None
 
 
+def _show_cursor() -> None:
+    """A progress bar hides the cursor and has no time left to bring it back."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        if os.isatty(sys.stdout.fileno()):
+            os.write(sys.stdout.fileno(), b"\x1b[?25h\n")
+
+
 @contextlib.contextmanager
 def polite_stop() -> Generator[Stop]:
     """Turn SIGINT and SIGTERM into a flag while a trial runs, and put the previous handlers back afterwards.
@@ -36,6 +44,7 @@ def polite_stop() -> Generator[Stop]:
 
     def handle(signum: int, _frame: FrameType | None) -> None:
         if stop.signum is not None:
+            _show_cursor()
             os._exit(128 + signum)
         stop.signum = signum
 

@@ -6,6 +6,7 @@ Only torch and the trial's own modules are imported here, so that a worker start
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 import random
@@ -108,7 +109,12 @@ def prepare(parent: int) -> None:
         parent: process id of the driver.
     """
     global _flushes
-    import torch
+    try:
+        import torch
+    except Exception as error:
+        logging.disable()  # the pool would log a traceback
+        print(f"pullback: a worker cannot import torch: {type(error).__name__}: {error}", file=sys.stderr)
+        raise
 
     # With denormals flushed, a literal such as 1e-310 compiles to 0: no other process may find that in its cache.
     sys.dont_write_bytecode = True
