@@ -24,8 +24,6 @@ from pullback.lab.engine import (
 )
 from pullback.lab.engine.cells import check_trial
 from pullback.lab.engine.reference import nearest, room_names
-from pullback.lab.report.model import unit_of
-from pullback.lab.report.text import difference, interval
 from pullback.lab.result import Comparison, TrialResult
 from pullback.lab.store import Store
 from pullback.lab.trial import load_trial
@@ -175,6 +173,9 @@ def tell(label: str, result: TrialResult) -> int:
 
 def _told(c: Comparison, result: TrialResult) -> str:
     """A rival or secondary claim in one line."""
+    from pullback.lab.report.model import unit_of  # the report brings matplotlib and torch along
+    from pullback.lab.report.text import difference, interval
+
     unit = unit_of(result, c.metric)
     against = f"{c.arm} against {'the rival ' if c.role == 'rival' else ''}{c.than}"
     amount = f"{difference(c.difference, unit)} {interval(c.low, c.high, unit)}"
