@@ -106,7 +106,8 @@ class LocalExecutor:
                 if not flying:
                     return
                 done, _ = concurrent.futures.wait(flying, timeout=0.1, return_when="FIRST_COMPLETED")
-                for future in done:
+                # In the order of submission: the first outcome must be that of a fresh worker, for the leak check.
+                for future in [each for each in flying if each in done]:
                     task, outcome = flying.pop(future), _outcome(future, restarts < MAX_POOL_RESTARTS)
                     if outcome is None:
                         again.append(task)
