@@ -106,7 +106,7 @@ def _norms(gram: Tensor) -> Tensor:
 def _cosine(gram: Tensor) -> Tensor:
     norms = _norms(gram)
     scale = norms.unsqueeze(-1) * norms.unsqueeze(-2)
-    return torch.where(scale > 0, gram / scale, math.nan).clamp(-1.0, 1.0)  # clamp keeps NaN
+    return (gram / scale).clamp(-1.0, 1.0)  # 0 / 0 is NaN, and clamp keeps it
 
 
 def _norm_ratio(gram: Tensor) -> Tensor:

@@ -91,6 +91,7 @@ def test_zero_and_absent_gradients_are_no_conflict():
     model = build(torch.float64)
     report = measured("call", model, {"depth": 1.0, "seg": 0.0})
     assert report.cosine[0, 0, 1].isnan()  # weight 0: a zero gradient
+    assert report.norm_ratio[0].isnan().tolist() == [[False, True], [True, True]]
     assert report.winner("trunk") == "depth"
     only = ConflictMonitor(model, TASKS, groups={"head": "heads.depth.*", "trunk": "trunk.*"})
     row = only(losses_of(model)).cosine[0]

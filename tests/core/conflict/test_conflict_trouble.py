@@ -200,17 +200,18 @@ def test_the_table_in_closed_form():
         report(40, -0.75, (1, 8)),
         report(60, 0.0, (0, 1)),
     ]
+    rows += [report(80, 0.0)]  # at right angles: no conflict, nobody wins
     summary = summarise(rows)
     row = summary.row("trunk", "depth", "seg")
-    assert (row.measured, row.conflicts, row.rate) == (3, 2, 2 / 3)
-    assert row.cosine == pytest.approx(-1 / 6)
+    assert (row.measured, row.conflicts, row.rate) == (4, 2, 0.5)
+    assert row.cosine == pytest.approx(-0.125)
     assert row.lowest == pytest.approx(-0.75)
-    assert row.norm_ratio == pytest.approx(2.0)
+    assert row.norm_ratio == pytest.approx(1.5)
     assert row.wins == (2, 1)
     lines = str(summary).splitlines()
     assert lines[0].split() == ["group", "tasks", "conflicts", "cosine", "lowest", "norm", "ratio", "wins"]
-    assert re.split(r"  +", lines[1]) == ["trunk", "depth/seg", "2/3 (67 %)", "-0.17", "-0.75", "2", "2:1"]
-    assert lines[2] == "4 measurements, steps 0 to 60"
+    assert re.split(r"  +", lines[1]) == ["trunk", "depth/seg", "2/4 (50 %)", "-0.12", "-0.75", "1.5", "2:1"]
+    assert lines[2] == "5 measurements, steps 0 to 80"
     assert str(rows[1]).splitlines()[1].split()[2:4] == ["1/1", "(100"]
     with pytest.raises(KeyError, match="no row of group 'trunk' and tasks 'seg', 'depth'"):
         summary.row("trunk", "seg", "depth")
@@ -255,6 +256,12 @@ def test_resume_is_exact():
     run(second, model, range(7, 14))
     assert same(second.state_dict(), whole.state_dict())
     assert str(second.summary()) == str(whole.summary())
+    saved = whole.state_dict()
+    used = ConflictMonitor(model, TASKS, every=1)
+    run(used, model, range(2))
+    used.load_state_dict(saved)  # replaces what it had
+    saved["gram"].zero_()
+    assert same(used.state_dict(), whole.state_dict())
     fresh = ConflictMonitor(model, TASKS)
     fresh.load_state_dict(ConflictMonitor(model, TASKS).state_dict())
     assert (fresh.step, fresh.last) == (0, None)
