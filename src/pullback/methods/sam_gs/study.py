@@ -307,7 +307,8 @@ def overlaid_study(name: str, title: str, scales: tuple[float, float, float]) ->
             "of 128 pairs. Delta-m is against three single-task networks of the same seed, batches and first weights "
             "(Adam 4e-3). All arms clip the shared gradient at norm 1, which is part of SAM-GS. Learning rate of "
             "every arm, and gamma, are chosen on validation digits, twelve points each on one seed; beta1 0.9 and "
-            "beta2 0.99 are fixed. The error of the drawing dominates Delta-m, so it is also given for the two accuracies alone."
+            "beta2 0.99 are fixed. The error of the drawing dominates Delta-m, so it is also given for the two "
+            "accuracies alone."
         ),
         figures=(
             lab.PairedSeeds(caption="Mean relative loss against single-task networks, every seed."),
