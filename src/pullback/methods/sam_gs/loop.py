@@ -212,12 +212,13 @@ def _differentiate(
     """Write each task's gradient into its row of ``flat``; return the sums for the other parameters."""
     total: list[Tensor | None] = [None] * len(others)
     for k, loss in enumerate(losses):
-        grads = torch.autograd.grad(
-            loss if scaler is None else scaler.scale(loss),
-            [*trunk, *others],
-            retain_graph=retain_graph or k < len(losses) - 1,
-            allow_unused=True,
-        )
+        with torch.autocast(flat.device.type, enabled=False):  # it would round in the backward pass as well
+            grads = torch.autograd.grad(
+                loss if scaler is None else scaler.scale(loss),
+                [*trunk, *others],
+                retain_graph=retain_graph or k < len(losses) - 1,
+                allow_unused=True,
+            )
         full: list[tuple[Tensor, Tensor]] = []
         for row, grad in zip(_pieces(flat[k], trunk), grads, strict=False):
             if grad is None:

@@ -278,12 +278,12 @@ def overlaid_study(name: str, title: str, scales: tuple[float, float, float]) ->
         sizes={"smoke": replace(full, steps=20, batch=64, held=300), "full": full},
         hp={"*": {"lr": 4e-3}, "sam-gs": {"gamma": 0.7}},
         tune=lab.Tune(
-            trials=10,
+            trials=12,
             select=SELECT,
             shared={"lr": lab.LogUniform(1e-3, 3e-2)},
-            only={"sam-gs": {"gamma": lab.Choice((0.1, 0.3, 0.5, 0.7, 0.9))}},
+            only={"sam-gs": {"gamma": lab.Choice((0.3, 0.5, 0.7, 0.9))}},
         ),
-        seeds=lab.Seeds(TEST_SEEDS, tune=(100, 101)),
+        seeds=lab.Seeds(TEST_SEEDS, tune=(100,)),
         also=(
             lab.Greater("sam-gs", than="sum", metric=NAMED),
             lab.Greater("sam-gs", than="equalise", metric=NAMED),
@@ -306,8 +306,9 @@ def overlaid_study(name: str, title: str, scales: tuple[float, float, float]) ->
             "Two 14x14 MNIST digits on a canvas of 18x18 instead of scenes; a perceptron 324-128-64; 700 Adam steps "
             "of 128 pairs. Delta-m is against three single-task networks of the same seed, batches and first weights "
             "(Adam 4e-3). All arms clip the shared gradient at norm 1, which is part of SAM-GS. Learning rate of "
-            "every arm, and gamma, are chosen on validation digits with ten points each; beta1 0.9 and beta2 0.99 "
-            "are fixed. The error of the drawing dominates Delta-m, so it is also given for the two accuracies alone."
+            "every arm, and gamma, are chosen on validation digits, twelve points each on one seed; beta1 0.9 and "
+            "beta2 0.99 are fixed. The error of the drawing dominates Delta-m, so it is also given for the two "
+            "accuracies alone."
         ),
         figures=(
             lab.PairedSeeds(caption="Mean relative loss against single-task networks, every seed."),

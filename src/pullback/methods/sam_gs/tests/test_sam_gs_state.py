@@ -58,6 +58,15 @@ def test_a_resumed_run_is_bitwise_the_same(steps, dtype):
     assert branches == {"equalise", "momentum"}
 
 
+def test_a_spike_before_the_interruption_is_remembered():
+    old, new = SAMGS(gamma=0.0), SAMGS(gamma=0.0)
+    old(1e30 * rows(0))
+    new.load_state_dict(old.state_dict())
+    got = new(1e10 * rows(1))
+    assert torch.equal(got, old(1e10 * rows(1)))
+    assert float(got.norm()) == pytest.approx(1.0, rel=1e-3)
+
+
 def test_state_survives_the_checkpoints_of_the_core(tmp_path):
     old = after(5)
     checkpoint.save(tmp_path, *packing.pack(dict(old.state_dict())))

@@ -89,6 +89,21 @@ def test_loss_scaling_changes_nothing(autocast):
     same(plain.state_dict(), scaled.state_dict(), rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("make", [PCGrad, lambda: SAMGS(gamma=2.0)])
+def test_the_call_may_stand_inside_autocast(make):
+    inside, outside = Model(torch.float32), Model(torch.float32)
+    torch.manual_seed(0)
+    wanted = multitask_backward(
+        outside.losses(batch(dtype=torch.float32)), shared=outside.trunk, aggregator=make()
+    )
+    losses = inside.losses(batch(dtype=torch.float32))
+    torch.manual_seed(0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        report = multitask_backward(losses, shared=inside.trunk, aggregator=make())
+    same(grads(inside), grads(outside), rtol=0, atol=0)
+    assert torch.equal(report.cosines, wanted.cosines)
+
+
 def test_an_overflow_leaves_the_step_out_and_lowers_the_scale():
     aggregator = SAMGS(gamma=0.0, max_norm=math.inf)
     model, scaler, report = train(3, scale=2.0**16, aggregator=aggregator, break_at=2)
