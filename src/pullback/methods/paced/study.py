@@ -239,9 +239,9 @@ PAPER = lab.PaperResult(
 SETTING = (
     "A causal transformer of one layer and 31,000 weights on chains of modular arithmetic. 'Beyond reach' are chains "
     "of an operator whose results were drawn once at random: nothing in them can be generalised, a stand-in for "
-    "problems that are too hard. The teacher is exact (99.8 % on the symbol that follows from what was written, the rest "
-    "spread evenly): training one would cost more than all else. The student is stopped at 40 % in its own training "
-    "on copying and arithmetic. "
+    "problems that are too hard. The teacher is exact (99.8 % on the symbol that follows from what was written, the "
+    "rest spread evenly): training one would cost more than all else. The student is stopped at about 40 % in its own "
+    "training on copying and arithmetic. "
 )
 DEVIATIONS = SETTING + (
     "Accuracy is the exact probability of a right answer at temperature 1, not a mean over samples. The learning "
