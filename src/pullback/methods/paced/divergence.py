@@ -30,8 +30,9 @@ def _raised(x: Tensor, temperature: float) -> Tensor:
 
 
 def _expected(log_weight: Tensor, value: Tensor) -> Tensor:
-    """Sum of exp(log_weight) * value over the vocabulary; symbols of probability zero count nothing."""
-    return torch.where(log_weight > -math.inf, log_weight.exp() * value, 0).sum(-1)
+    """Sum of exp(log_weight) * value over the vocabulary; symbols of probability zero count nothing, NaN stays NaN."""
+    weight = log_weight.exp()
+    return torch.where(weight == 0, 0, weight * value).sum(-1)
 
 
 def _middle(s: Tensor, t: Tensor, beta: float) -> Tensor:
@@ -57,8 +58,8 @@ def _slopes(z: Tensor, y: Tensor, kind: str, beta: float) -> Tensor:
     s, t = z.log_softmax(-1), y.log_softmax(-1)
     share = 1.0 if kind == "reverse_kl" else 1 - beta
     r = s - (t if kind == "reverse_kl" else _middle(s, t, beta))
-    r = torch.where(s > -math.inf, r, 0)
     q = s.exp()
+    r = torch.where(q == 0, 0, r)
     return share * q * (r - (q * r).sum(-1, keepdim=True))
 
 
@@ -79,7 +80,9 @@ class _Positions(torch.autograd.Function):
     ) -> Tensor:
         kind, beta, temperature, chunk = how
         parts = [
-            _values(_raised(student[at], temperature), _raised(teacher[at], temperature), kind, beta)
+            _values(
+                _raised(_take(student, at), temperature), _raised(_take(teacher, at), temperature), kind, beta
+            )
             for at in _pieces(student, rows, columns, chunk)
         ]
         return torch.cat(parts) if len(parts) != 1 else parts[0]
@@ -95,7 +98,9 @@ class _Positions(torch.autograd.Function):
         kind, beta, temperature, chunk = ctx.how
         pieces = list(_pieces(student, rows, columns, chunk))
         slopes = (
-            _slopes(_raised(student[at], temperature), _raised(teacher[at], temperature), kind, beta)
+            _slopes(
+                _raised(_take(student, at), temperature), _raised(_take(teacher, at), temperature), kind, beta
+            )
             for at in pieces
         )
         scale = (grads[0] / temperature).unsqueeze(-1).split([_length(at) for at in pieces])
@@ -114,12 +119,18 @@ def transformed() -> bool:
 
 
 def _pieces(student: Tensor, rows: Tensor | None, columns: Tensor | None, chunk: int) -> Iterator[Any]:
-    """Index objects that cut the chosen positions into chunks: slices of [m, vocabulary], or pairs of indices."""
-    if rows is None or columns is None:
-        yield from (slice(i, min(i + chunk, len(student))) for i in _starts(len(student), chunk))
-        return
-    for i in _starts(len(rows), chunk):
-        yield rows[i : i + chunk], columns[i : i + chunk]
+    """Chunks of the chosen positions: slices or indices of [m, vocabulary], or pairs of indices of the 3-dim logits."""
+    length = len(student if rows is None else rows)
+    for i in _starts(length, chunk):
+        part = slice(i, min(i + chunk, length))
+        if rows is None:
+            yield part
+        else:
+            yield rows[part] if columns is None else (rows[part], columns[part])
+
+
+def _take(x: Tensor, at: Any) -> Tensor:
+    return x.index_select(0, at) if isinstance(at, Tensor) else x[at]
 
 
 def _starts(length: int, chunk: int) -> range:
@@ -127,7 +138,7 @@ def _starts(length: int, chunk: int) -> range:
 
 
 def _length(at: Any) -> int:
-    return at.stop - at.start if isinstance(at, slice) else len(at[0])
+    return at.stop - at.start if isinstance(at, slice) else len(at[0] if isinstance(at, tuple) else at)
 
 
 # --- problems ------------------------------------------------------------------------------------------------------
@@ -203,17 +214,24 @@ def distillation_loss(
 
 def _table(student: Tensor, teacher: Tensor, mask: Tensor | None, how: _How) -> Tensor:
     """Divergences [problems, positions], zero outside the mask."""
-    shape = student.shape[:2]
-    whole = transformed() or torch.compiler.is_compiling()
-    if whole or (mask is None and student.is_contiguous() and teacher.is_contiguous()):
-        flat = [x.reshape(-1, x.shape[-1]) for x in (student, teacher)]
-        found = _Positions.apply(*flat, None, None, how).view(shape)
+    shape, vocabulary = student.shape[:2], student.shape[2]
+    whole, flat = (
+        transformed() or torch.compiler.is_compiling(),
+        student.is_contiguous() and teacher.is_contiguous(),
+    )
+    if whole or (mask is None and flat):
+        found = _Positions.apply(
+            *(x.reshape(-1, vocabulary) for x in (student, teacher)), None, None, how
+        ).view(shape)
         return found if mask is None else torch.where(mask.to(found.device), found, 0)
     if mask is None:
         mask = torch.ones(shape, dtype=torch.bool, device=student.device)
-    rows, columns = mask.to(student.device).nonzero(
-        as_tuple=True
-    )  # indices: flattening a slice would copy it
+    mask = mask.to(student.device)
+    if flat:
+        rows = mask.reshape(-1).nonzero().squeeze(1)
+        found = _Positions.apply(student.view(-1, vocabulary), teacher.view(-1, vocabulary), rows, None, how)
+        return found.new_zeros(mask.numel()).index_put((rows,), found).view(shape)
+    rows, columns = mask.nonzero(as_tuple=True)  # flattening a slice of the logits would copy it
     found = _Positions.apply(student, teacher, rows, columns, how)
     return found.new_zeros(shape).index_put((rows, columns), found)
 

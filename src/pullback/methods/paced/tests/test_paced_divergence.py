@@ -172,6 +172,18 @@ def test_positions_outside_the_mask_do_not_matter_even_if_nan(kind):
     assert not grad[~mask].any()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("who", [0, 1])
+def test_nan_where_it_counts_is_not_hidden(kind, who):
+    student, teacher, _ = logits()
+    (student, teacher)[who][1, 2, 3] = math.nan
+    found = each(student, teacher, divergence=kind)
+    assert found.isnan().tolist() == [False, True, False]
+    grad = gradient(student, teacher, divergence=kind)
+    assert bool(grad[1, 2].isnan().all())
+    assert bool(grad[[0, 2]].isfinite().all())
+
+
 def test_empty_responses_give_zero_and_no_gradient():
     student, teacher, _ = logits()
     nothing = torch.zeros(3, 5, dtype=torch.bool)
@@ -240,6 +252,10 @@ def test_forbidden_symbols_of_the_teacher():
         loss, kl_divergence(Categorical(logits=teacher), Categorical(logits=student)).mean(1)
     )
     assert each(student, teacher, divergence="reverse_kl").tolist() == [math.inf] * 3
+    far = torch.zeros(1, 1, 3, dtype=torch.float32)
+    far[..., 0] = -200.0  # its probability is zero in float32, though its logarithm is not
+    cut = torch.tensor([[[-math.inf, 0.0, 0.0]]])
+    assert float(each(far, cut, divergence="reverse_kl")) == 0.0
     both = student.clone()
     both[..., 3:] = -math.inf
     for kind in KINDS:

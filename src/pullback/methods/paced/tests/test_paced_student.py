@@ -103,7 +103,7 @@ def test_answers_end_with_the_stop_token():
 
 def test_a_greedy_student_always_answers_alike_and_is_asked_once():
     model = Fading()
-    out = rollout(model, torch.tensor([[1, 2], [0, 0]]), 4, max_tokens=3, temperature=0)
+    out = rollout(model, torch.tensor([[1, 2], [0, 0]]), 4, max_tokens=3, temperature=0.0)
     assert all(rows[0] == 2 for rows in model.rows)
     assert bool((out.tokens == out.tokens[:, :1]).all())
     prefix: list[int] = []
@@ -116,9 +116,9 @@ def test_a_greedy_student_always_answers_alike_and_is_asked_once():
 def test_prompts_of_different_lengths_keep_their_places():
     model = Fading()
     prompts = [torch.tensor([0, 1, 2]), torch.tensor([1]), torch.tensor([2, 1, 0])]
-    out = rollout(model, prompts, 2, max_tokens=4, temperature=0)
+    out = rollout(model, prompts, 2, max_tokens=4, temperature=0.0)
     for row, prompt in zip(out.tokens, prompts, strict=True):
-        assert torch.equal(row, rollout(model, [prompt], 2, max_tokens=4, temperature=0).tokens[0])
+        assert torch.equal(row, rollout(model, [prompt], 2, max_tokens=4, temperature=0.0).tokens[0])
     assert rollout(model, [], 2, max_tokens=4).tokens.shape == (0, 2, 4)
 
 
