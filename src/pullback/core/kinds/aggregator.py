@@ -7,6 +7,8 @@ from typing import ClassVar
 
 try:
     from torchjd.aggregation import Aggregator as _TorchJDAggregator
+    from torchjd.aggregation import GramianWeightedAggregator as _GramianWeighted
+    from torchjd.aggregation import Weighting
 except ImportError as error:
     raise ImportError(
         'Aggregators need torchjd. Install it with: pip install "pullback[torchjd]".', name="torchjd"
@@ -22,3 +24,14 @@ class Aggregator(_TorchJDAggregator):
 
     kind: ClassVar[str] = "aggregator"
     refuses: ClassVar[Mapping[str, str]] = {}
+
+
+class GramianAggregator(Aggregator, _GramianWeighted):
+    """Base of aggregators whose direction is a combination of rows with weights that the Gramian decides.
+
+    TorchJD then also aggregates without building the Jacobian (``optimize_gramian_computation``, autogram). A member
+    hands a `Weighting` of the Gramian to ``super().__init__``.
+    """
+
+
+__all__ = ["Aggregator", "GramianAggregator", "Weighting"]

@@ -105,10 +105,8 @@ def _untrained(school: School, seed: int) -> CausalTransformer:
 def _trained(school: School, seed: int) -> tuple[Problems, dict[str, Tensor]]:
     """A pure function of its arguments, kept so that a process trains the student of a seed once for all arms."""
     problems, student = problems_of(school, seed), _untrained(school, seed)
-    optimizer, glance = (
-        torch.optim.AdamW(student.parameters(), lr=3e-3, fused=True),
-        problems.validation.first(300),
-    )
+    optimizer = torch.optim.AdamW(student.parameters(), lr=3e-3, fused=True)
+    glance = problems.validation.first(300)
     for step in range(MOST_STEPS):
         if step and step % 10 == 0 and glance.accuracy(student) >= school.start:
             break

@@ -370,7 +370,7 @@ class MomentumWriter:
     def _bind(self) -> None:
         for group, grads in zip(self.layout.groups, self._grads, strict=True):
             for p, grad in zip(group.params, grads, strict=True):
-                p.grad = grad
+                p.grad = grad if p.requires_grad else None  # frozen since
 
     # --- state ---------------------------------------------------------------------------------------------------
 

@@ -13,11 +13,9 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torchjd.aggregation import GramianWeightedAggregator, Weighting
-from torchjd.linalg import Matrix
 
 from pullback.core.checks import NonFiniteError, choice, finite, fraction, integer, non_negative, positive
-from pullback.core.kinds import Aggregator
+from pullback.core.kinds.aggregator import GramianAggregator, Weighting
 from pullback.core.span import Rows, Span, inner_products, normalised
 
 FULL_ZONES = (-0.8, -0.5, 0.0)
@@ -106,7 +104,7 @@ def projection_shares(
     return math.sin(math.pi / 2 * (1.0 + ((cosine - main) / (critical - main)) ** power)), 1.0
 
 
-class ConflictResolver(Aggregator, GramianWeightedAggregator):
+class ConflictResolver(GramianAggregator):
     r"""Project conflicting gradients off each other, the worst pair first, then add them up (section 3 of the paper).
 
     In every round the pair of least cosine is taken; below ``thresholds[2]`` an arbiter names the winner by
@@ -176,7 +174,7 @@ class ConflictResolver(Aggregator, GramianWeightedAggregator):
 
     # --- as an aggregator ----------------------------------------------------------------------------------------
 
-    def forward(self, matrix: Matrix, /) -> Tensor:
+    def forward(self, matrix: Tensor, /) -> Tensor:
         """Direction of a Jacobian.
 
         Args:

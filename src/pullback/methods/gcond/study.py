@@ -266,7 +266,7 @@ def _declare(
         seeds=lab.Seeds(TEST_SEEDS, tune=(100, 101)),
         hp={"*": {"lr": 1e-3}, **({"cagrad": {"c": 0.4}, "gradnorm": {"weight_lr": 1e-2}} if only else {})},
         cannot_test=CANNOT,
-        timeout=120.0,
+        timeout=300.0,
         **fields,
     )
 

@@ -215,14 +215,10 @@ def distillation_loss(
 def _table(student: Tensor, teacher: Tensor, mask: Tensor | None, how: _How) -> Tensor:
     """Divergences [problems, positions], zero outside the mask."""
     shape, vocabulary = student.shape[:2], student.shape[2]
-    whole, flat = (
-        transformed() or torch.compiler.is_compiling(),
-        student.is_contiguous() and teacher.is_contiguous(),
-    )
-    if whole or (mask is None and flat):
-        found = _Positions.apply(
-            *(x.reshape(-1, vocabulary) for x in (student, teacher)), None, None, how
-        ).view(shape)
+    flat = student.is_contiguous() and teacher.is_contiguous()
+    if transformed() or torch.compiler.is_compiling() or (mask is None and flat):
+        rows = (x.reshape(-1, vocabulary) for x in (student, teacher))
+        found = _Positions.apply(*rows, None, None, how).view(shape)
         return found if mask is None else torch.where(mask.to(found.device), found, 0)
     if mask is None:
         mask = torch.ones(shape, dtype=torch.bool, device=student.device)

@@ -121,11 +121,8 @@ def run(cfg: Config, arm: str, hp: lab.Hyperparameters, seed: int, log: lab.Log)
 
 
 GLANCE = 400  # test problems of the curves
-SWITCH = {
-    "reverse only": 0.0,
-    "two-stage": 0.5,
-    "uniform, two-stage": 0.5,
-}  # share of the steps under forward KL; of all others: 1
+SWITCH = {"reverse only": 0.0, "two-stage": 0.5, "uniform, two-stage": 0.5}
+"""Share of the steps under forward KL; of all other arms: 1."""
 
 
 def rollout_steps(cfg: Config) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import math
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -254,3 +256,10 @@ def test_shared_losses_need_sequential_mode_and_all_tasks():
 def test_repr():
     text = repr(GradientConductor(model(), WEIGHTS, accumulate=2))
     assert text.startswith("GradientConductor(TaskAccumulator({fit: 0.7, size: 0.3}, parameters=44, ranks=1)")
+
+
+def test_without_torchjd_the_import_says_what_to_install():
+    code = "import sys; sys.modules['torchjd'] = None; import pullback.methods.gcond"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert found.returncode == 1
+    assert 'Aggregators need torchjd. Install it with: pip install "pullback[torchjd]".' in found.stderr

@@ -74,6 +74,15 @@ def test_written_gradients_may_be_clipped_in_place():
     torch.testing.assert_close(flat(net), torch.ones(37, dtype=torch.float64))
 
 
+def test_parameters_frozen_later_are_left_alone():
+    net = model()
+    writer = MomentumWriter(net)
+    writer.write_(torch.ones(37, dtype=torch.float64))
+    net[0].requires_grad_(False)
+    writer.write_(torch.ones(37, dtype=torch.float64))
+    assert [p.grad is None for p in net.parameters()] == [True, True, False, False]
+
+
 def test_writer_state_resumes_and_refuses_what_does_not_fit():
     net, other = model(), model()
     first, second = MomentumWriter(net, 0.9), MomentumWriter(other, 0.9)
