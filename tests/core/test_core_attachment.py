@@ -709,6 +709,8 @@ def broken_states():
     yield "shape", lambda s: s["transforms"]["Mean"]["state"].update(mean=shape), r"shape \(\) .* got \(2,\)"
     dtype = torch.zeros((), dtype=torch.float64)
     yield "dtype", lambda s: s["transforms"]["Mean"]["state"].update(mean=dtype), "got .* torch.float64"
+    yield "count", lambda s: s.update(skipped=-1), "Attachment.skipped must be >= 0, got -1"
+    yield "inner count", lambda s: s["transforms"]["Mean"].update(steps=-7), "Mean.steps must be >= 0, got -7"
     yield "inner version", lambda s: s["transforms"]["Mean"].update(format_version=9), "<= 1, got 9"
 
 
