@@ -817,3 +817,10 @@ def test_clip_equals_torch():
 def test_clip_refuses(bad):
     with pytest.raises(ValueError, match="max_norm must be > 0"):
         ClipGradNorm(bad)
+
+
+@pytest.mark.parametrize("bad", ["nonsense", 1.0, 3, None])
+def test_clip_names_a_wrong_norm_type(bad):
+    with pytest.raises(ValueError, match=r"norm_type must be one of 2\.0, inf, got"):
+        ClipGradNorm(1.0, norm_type=bad)
+    assert ClipGradNorm(1.0, norm_type=2).norm_type == 2.0

@@ -41,7 +41,8 @@ class ClipGradNorm(Transform):
         self.max_norm = (
             math.inf if unlimited else positive("max_norm", max_norm, fix="Use inf to never clip.")
         )
-        self.norm_type = choice("norm_type", float(norm_type), (2.0, math.inf))
+        order = float(norm_type) if isinstance(norm_type, int) else norm_type
+        self.norm_type = choice("norm_type", order, (2.0, math.inf))
 
     def pre_step_(self, batch: StepBatch) -> None:
         """Clip the gradients of this step."""
