@@ -10,7 +10,7 @@ from pullback.core.clip import ClipGradNorm
 from pullback.core.finite import all_finite
 
 WORKER = """
-import datetime, math, sys
+import datetime, math, os, sys
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -102,7 +102,9 @@ torch.save(
     sys.argv[4],
 )
 if world > 1:
+    dist.barrier()
     dist.destroy_process_group()
+os._exit(0)  # everything is saved; under load gloo's own threads may still abort an ordinary exit
 """
 
 
