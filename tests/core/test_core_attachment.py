@@ -709,6 +709,8 @@ def broken_states():
     yield "shape", lambda s: s["transforms"]["Mean"]["state"].update(mean=shape), r"shape \(\) .* got \(2,\)"
     dtype = torch.zeros((), dtype=torch.float64)
     yield "dtype", lambda s: s["transforms"]["Mean"]["state"].update(mean=dtype), "got .* torch.float64"
+    yield "count", lambda s: s.update(skipped=-1), "Attachment.skipped must be >= 0, got -1"
+    yield "inner count", lambda s: s["transforms"]["Mean"].update(steps=-7), "Mean.steps must be >= 0, got -7"
     yield "inner version", lambda s: s["transforms"]["Mean"].update(format_version=9), "<= 1, got 9"
 
 
@@ -815,3 +817,10 @@ def test_clip_equals_torch():
 def test_clip_refuses(bad):
     with pytest.raises(ValueError, match="max_norm must be > 0"):
         ClipGradNorm(bad)
+
+
+@pytest.mark.parametrize("bad", ["nonsense", 1.0, 3, None])
+def test_clip_names_a_wrong_norm_type(bad):
+    with pytest.raises(ValueError, match=r"norm_type must be one of 2\.0, inf, got"):
+        ClipGradNorm(1.0, norm_type=bad)
+    assert ClipGradNorm(1.0, norm_type=2).norm_type == 2.0

@@ -59,6 +59,21 @@ def test_round_trip_and_keep(tmp_path):
     assert load(places[-2]).scalars["step"] == 3
 
 
+def nested(depth):
+    inner = []
+    for _ in range(depth):
+        inner = [inner]
+    return inner
+
+
+@pytest.mark.parametrize("version", ["1", 0, None, True, 1.0])
+def test_a_version_that_is_none_is_refused(tmp_path, version):
+    manifest = save(tmp_path, {}, {}) / "manifest.json"
+    manifest.write_bytes(module._sealed({**json.loads(manifest.read_bytes()), "format_version": version}))
+    with pytest.raises(CheckpointError, match=r"must have format_version 1, got"):
+        load(tmp_path)
+
+
 def test_awkward_tensors(tmp_path):
     whole = torch.arange(12.0)
     tensors = {
@@ -76,7 +91,16 @@ def test_awkward_tensors(tmp_path):
     ("tensors", "scalars", "message"),
     [
         ({"a": 1.0}, {}, r"tensors\['a'\] must be a dense tensor"),
-        ({"a": torch.eye(2).to_sparse()}, {}, "dense tensor"),
+        ({"a": torch.eye(2).to_sparse()}, {}, r"dense tensor with data, .*\.to_dense\(\)"),
+        ({"a": torch.ones(1, device="meta")}, {}, "a meta tensor holds nothing"),
+        (
+            {"a": torch.ones(1, dtype=torch.complex128)},
+            {},
+            r"got torch\.complex128\. Save torch\.view_as_real",
+        ),
+        ({"__metadata__": torch.ones(1)}, {}, "other than '__metadata__'"),
+        ({"\ud800": torch.ones(1)}, {}, "Use str"),
+        ({}, {"a": nested(5000)}, "nested less deeply"),
         ({1: torch.ones(1)}, {}, "string names"),
         ({}, {"a": (1, 2)}, r"scalars\['a'\] must be a plain JSON value, got \(1, 2\)\. Use packing"),
         ({}, {"a": {1: 2}}, r"scalars\['a'\] must have string keys"),
@@ -351,7 +375,7 @@ def test_manifests_that_lie_are_refused(two):
     renamed = {"../../etc/passwd": files["scalars.json"], "scalars.json": files["scalars.json"]}
     lies = [
         ({"format_version": 2}, "must have format_version <= 1, got 2: update pullback"),
-        ({"format_version": 0}, "belongs to checkpoint"),
+        ({"format_version": 0}, "must have format_version 1, got 0"),
         ({"format": "other"}, "no manifest of this format"),
         ({"files": renamed}, "must list"),
         ({"files": evil}, "must list"),

@@ -111,3 +111,20 @@ def test_floating():
 def test_values_are_shown_short():
     assert len(checks.shown("x" * 10_000)) <= 80
     assert "shape (1000,)" in checks.shown(torch.ones(1000))
+
+
+class Mute:
+    """An object that cannot be printed."""
+
+    def __repr__(self):
+        raise ValueError("no text")
+
+
+@pytest.mark.parametrize("value", [Mute(), [Mute()], 10**5000, -(10**400)])
+def test_what_cannot_be_shown_or_held_is_still_refused_by_name(value):
+    assert len(checks.shown(value)) <= 80
+    for check in (checks.positive, checks.fraction, checks.finite):
+        with pytest.raises((TypeError, ValueError), match=r"^x must be "):
+            check("x", value)
+    with pytest.raises(ValueError, match=r"^x must be one of 'a', 'b', got "):
+        checks.choice("x", value, ("a", "b"))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 WORKER = """
-import datetime, sys
+import datetime, os, sys
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -55,7 +55,9 @@ def train(policy):
 
 torch.save([train("raise"), train("skip")], sys.argv[4])
 if world > 1:
+    dist.barrier()
     dist.destroy_process_group()
+os._exit(0)  # everything is saved; under load gloo's own threads may still abort an ordinary exit
 """
 
 

@@ -11,6 +11,7 @@ import torch
 from pullback.adapters import huggingface, lightning
 from pullback.adapters.driver import plain
 from pullback.core.kinds import StepBatch, Transform
+from pullback.core.state import StateError
 
 
 class Double(Transform):
@@ -106,6 +107,35 @@ def test_lightning_state_is_kept_over_a_restart(loop: SimpleNamespace, before_cl
     second.on_train_start(loop.trainer, loop.model)
     assert second.driver.transforms[0].steps == 1
     assert second.state_dict() == saved
+
+
+@pytest.mark.usefixtures("trainers")
+def test_lightning_refuses_several_optimizers_and_foreign_states_before_clipping(
+    loop: SimpleNamespace,
+) -> None:
+    callback = lightning.transform_callback(Double(), Double(), before_clipping=True)
+    with pytest.raises(ValueError, match="one optimizer, got 2"):
+        callback.on_train_start(SimpleNamespace(optimizers=[loop.optimizer] * 2), loop.model)
+    other = lightning.transform_callback(Double(), Double())
+    other.on_train_start(loop.trainer, loop.model)
+    for state in (other.state_dict(), {"updates": [Double().state_dict()]}, {"updates": [{}, {}]}):
+        with pytest.raises(StateError):
+            callback.load_state_dict(state)
+
+
+@pytest.mark.usefixtures("trainers")
+def test_lightning_can_keep_the_states_of_two_callbacks_apart() -> None:
+    made = [lightning.transform_callback(Double(), before_clipping=flag) for flag in (False, True)]
+    made.append(lightning.transform_callback(Shrink()))
+    assert len({callback.state_key for callback in made}) == 3
+
+
+@pytest.mark.usefixtures("trainers")
+def test_trainer_callback_runs_when_the_optimizer_holds_other_tensors(loop: SimpleNamespace) -> None:
+    callback = huggingface.transform_callback(Double())
+    flattened = torch.nn.Linear(2, 2)  # the names are those of parameters that the optimizer never sees
+    callback.on_train_begin(None, None, None, model=flattened, optimizer=loop.optimizer)
+    assert loop.step() == pytest.approx(1 - 0.2)
 
 
 @pytest.mark.usefixtures("trainers")

@@ -249,6 +249,16 @@ def make_study(**changes):
     return replace(study, **changes)
 
 
+def test_what_cannot_be_read_is_one_line(tmp_path: Path, capsys) -> None:
+    (tmp_path / "dann.json").write_text("{")
+    assert main(["table", "--check", "--evidence", str(tmp_path)]) == 1
+    assert "dann.json is no valid JSON" in capsys.readouterr().err
+    assert main(["check", "--methods", str(tmp_path / "absent")]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("error: ")
+    assert told.count("\n") == 1
+
+
 def test_a_study_must_declare_what_would_refute_it() -> None:
     from pullback.lab.declare import Arms, Seeds
 

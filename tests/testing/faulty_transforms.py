@@ -81,6 +81,11 @@ def count_twice(self, batch):
     self.steps += 1
 
 
+def rebind(self, batch):
+    for p in batch.params:
+        p.grad = p.grad.clone()
+
+
 def alone_only(self, batch):
     if self.owner is None or self.owner.transforms[0] is self:
         GoodTransform.pre_step_(self, batch)
@@ -232,6 +237,7 @@ FAULTS = (
     extra("detaches", leave_hook),
     extra("schedulers_work", set_rate, also="frozen_and_groups by_hand"),
     extra("accumulation", count_twice, also="nonfinite_warn"),
+    extra("edits_in_place", rebind),
     instead("clip_order", alone_only),
     instead("by_hand", attached_only),
     extra("optimizer_state_alone", into_optimizer),

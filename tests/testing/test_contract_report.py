@@ -7,6 +7,7 @@ from good_modules import LAYER, SIGNAL, GoodLayer, GoodSignal
 from good_runs import FIELD, GoodField
 from good_steps import GoodOptimizer, GoodTransform
 
+from pullback.core.kinds import Transform
 from pullback.testing import (
     KINDS,
     Case,
@@ -207,3 +208,14 @@ def test_checks_as_tests_fail_and_skip():
     ]
     with pytest.raises(ContractError, match="output_shape"):
         row.values[1](row.values[0])
+
+
+def test_a_component_that_ends_the_process_breaks_its_contract():
+    class Leaves(Transform):
+        """Ends the process."""
+
+        def pre_step_(self, batch):
+            raise SystemExit(3)
+
+    with pytest.raises(ContractError, match="raised SystemExit: 3"):
+        check_component(Leaves)

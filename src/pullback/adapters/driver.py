@@ -10,7 +10,7 @@ import torch
 from pullback.core.attachment import Attachment, attach
 from pullback.core.checks import NonFinite
 from pullback.core.kinds import Transform
-from pullback.core.parameters import ParameterSource
+from pullback.core.parameters import ParameterSource, named_parameters
 
 
 def plain(optimizer: Any) -> torch.optim.Optimizer:
@@ -30,6 +30,25 @@ def plain(optimizer: Any) -> torch.optim.Optimizer:
                 "Engines with a step of their own, such as DeepSpeed, cannot run transforms."
             )
     return inner
+
+
+def only_one(optimizers: Sequence[Any]) -> Any:
+    """The trainer's optimizer.
+
+    Raises:
+        ValueError: if there are several or none.
+    """
+    if len(optimizers) != 1:
+        raise ValueError(
+            f"the callback drives one optimizer, got {len(optimizers)}. "
+            "Attach by hand in configure_optimizers: pullback.attach(optimizer, ...)."
+        )
+    return optimizers[0]
+
+
+def _names_any(names: ParameterSource, optimizer: torch.optim.Optimizer) -> bool:
+    known = set(named_parameters(names).values())
+    return any(parameter in known for group in optimizer.param_groups for parameter in group["params"])
 
 
 class Driver:
@@ -58,14 +77,10 @@ class Driver:
             ValueError: if the trainer has several optimizers.
         """
         self.stop()
-        if len(optimizers) != 1:
-            raise ValueError(
-                f"the callback drives one optimizer, got {len(optimizers)}. "
-                "Attach by hand in configure_optimizers: pullback.attach(optimizer, ...)."
-            )
-        self.attachment = attach(
-            plain(optimizers[0]), *self.transforms, nonfinite=self.nonfinite, names=names
-        )
+        optimizer = plain(only_one(optimizers))
+        if names is not None and not _names_any(names, optimizer):
+            names = None  # a wrapper trains tensors of its own, such as flattened ones: they have no names
+        self.attachment = attach(optimizer, *self.transforms, nonfinite=self.nonfinite, names=names)
         if self._waiting is not None:
             self.attachment.load_state_dict(self._waiting)
             self._waiting = None

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from pullback.adapters.driver import Driver
+from pullback.adapters.driver import Driver, only_one
 from pullback.adapters.required import required
 from pullback.core.checks import NonFinite
 from pullback.core.kinds import Transform
+from pullback.core.state import StateError
 
 
 class Hooks:
@@ -21,9 +22,21 @@ class Hooks:
         self.driver = driver
         self.before_clipping = before_clipping
 
+    @property
+    def state_key(self) -> str:
+        """The name of this callback's state; Lightning refuses two callbacks that share one."""
+        names = ", ".join(transform.name for transform in self.driver.transforms)
+        return f"pullback.TransformCallback[{names}; before_clipping={self.before_clipping}]"
+
     def on_train_start(self, trainer: Any, pl_module: torch.nn.Module) -> None:
-        """Attach to the trainer's optimizer; gradients are then edited inside its step, after clipping."""
-        if not self.before_clipping:
+        """Attach to the trainer's optimizer; gradients are then edited inside its step, after clipping.
+
+        Raises:
+            ValueError: if the trainer has several optimizers.
+        """
+        if self.before_clipping:
+            only_one(trainer.optimizers)
+        else:
             self.driver.start(trainer.optimizers, pl_module)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: torch.nn.Module, optimizer: Any) -> None:
@@ -47,12 +60,25 @@ class Hooks:
         return self.driver.state()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take over a state from Lightning's checkpoint."""
-        if self.before_clipping:
-            for transform, state in zip(self.driver.transforms, state_dict["updates"], strict=True):
-                transform.load_state_dict(state)
-        else:
+        """Take over a state from Lightning's checkpoint, or nothing of it when any part does not fit.
+
+        Raises:
+            StateError: if it was saved by a callback with other transforms or another ``before_clipping``.
+        """
+        if not self.before_clipping:
             self.driver.load(state_dict)
+            return
+        states = state_dict.get("updates")
+        transforms = self.driver.transforms
+        if not isinstance(states, list) or len(states) != len(transforms):
+            raise StateError(
+                f"state must hold {len(transforms)} transforms of a callback with before_clipping=True, got the keys "
+                f"{sorted(state_dict)}. Load it into the callback that saved it."
+            )
+        for transform, state in zip(transforms, states, strict=True):
+            transform.check_state_dict(state)
+        for transform, state in zip(transforms, states, strict=True):
+            transform.load_state_dict(state)
 
 
 def transform_callback(

@@ -21,7 +21,7 @@ from pullback.core.checks import NON_FINITE_POLICIES, NonFinite, choice, shown
 from pullback.core.finite import admit
 from pullback.core.kinds.transform import StepBatch, Transform
 from pullback.core.parameters import ParameterSource, named_parameters, optimizer_rows
-from pullback.core.state import check_state
+from pullback.core.state import check_counts, check_state
 from pullback.core.stepping import SetAside, check_optimizer, overflowed, steps_on_stack, unscale
 
 FORMAT_VERSION = 1
@@ -279,6 +279,7 @@ class Attachment:
         """
         reference = {"format_version": FORMAT_VERSION, "steps": 0, "skipped": 0, "transforms": {}}
         check_state("Attachment", state, reference, version=FORMAT_VERSION, open_keys=("transforms",))
+        check_counts("Attachment", state, "steps", "skipped")
         keyed = self._keyed()
         check_state("Attachment.transforms", state["transforms"], dict.fromkeys(keyed), open_keys=keyed)
         for key, transform in keyed.items():

@@ -42,6 +42,7 @@ FORMAT = "pullback.checkpoint"
 FORMAT_VERSION = 1
 _TENSORS, _SCALARS, _MANIFEST = "tensors.safetensors", "scalars.json", "manifest.json"
 _PARTS = (_TENSORS, _SCALARS)
+_RESERVED = "__metadata__"  # of the safetensors format: a tensor of that name is written and cannot be read
 _FOLDER = re.compile(r"checkpoint-(\d{8,})")
 _LARGEST_MANIFEST = 1_000_000
 
@@ -121,21 +122,44 @@ def _tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
     plain: dict[str, Tensor] = {}
     storages: set[int] = set()
     for name, tensor in tensors.items():
-        if not isinstance(name, str):
-            raise TypeError(f"tensors must have string names, got {shown(name)}. Use str(name).")
-        if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
-            raise TypeError(f"tensors[{name!r}] must be a dense tensor, got {shown(tensor)}. Use scalars.")
+        _check_storable(name, tensor)
         values = tensor.detach().cpu().contiguous()
         if values.untyped_storage().data_ptr() in storages:
             values = values.clone()  # tied tensors and views are stored one by one
         storages.add(values.untyped_storage().data_ptr())
         plain[name] = values
-    return safetensors.torch.save(plain)
+    try:
+        return safetensors.torch.save(plain)
+    except KeyError as error:  # its table of dtypes
+        raise TypeError(
+            f"tensors must be of a dtype that safetensors knows, got {error.args[0]}. "
+            "Save torch.view_as_real(tensor), or convert it."
+        ) from error
+
+
+def _check_storable(name: object, tensor: object) -> None:
+    """Refuse what would be lost: another tensor, or a name under which the file could not be read again."""
+    if not isinstance(name, str) or name == _RESERVED or not _encodable(name):
+        raise TypeError(
+            f"tensors must have string names other than {_RESERVED!r}, got {shown(name)}. Use str(name), or rename it."
+        )
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"tensors[{name!r}] must be a dense tensor, got {shown(tensor)}. Use scalars.")
+    if tensor.layout is not torch.strided or tensor.is_meta or hasattr(tensor, "placements"):
+        fix = "Use .to_dense() for sparse ones, .full_tensor() for sharded ones; a meta tensor holds nothing."
+        raise TypeError(f"tensors[{name!r}] must be a dense tensor with data, got {shown(tensor)}. {fix}")
+
+
+def _encodable(name: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def _scalar_bytes(scalars: Mapping[str, Any]) -> bytes:
-    _check_plain("scalars", dict(scalars))
-    return json.dumps(dict(scalars), sort_keys=True, indent=1).encode()
+    try:
+        _check_plain("scalars", dict(scalars))
+        return json.dumps(dict(scalars), sort_keys=True, indent=1).encode()
+    except RecursionError:
+        raise TypeError("scalars must be nested less deeply, got more levels than Python allows.") from None
 
 
 def _check_plain(where: str, value: object) -> None:
@@ -277,7 +301,7 @@ def load(folder: str | Path) -> Checkpoint:
         try:
             tensors = safetensors.torch.load(contents[_TENSORS])
             scalars = json.loads(contents[_SCALARS])
-        except (safetensors.SafetensorError, ValueError) as error:
+        except (safetensors.SafetensorError, ValueError, RecursionError) as error:
             trouble = f"{place / _TENSORS} is no readable checkpoint part ({error})"
         else:
             return Checkpoint(tensors, scalars, place)
@@ -331,10 +355,12 @@ def _read_manifest(place: Path) -> dict[str, Any] | str:
     version = found.get("format_version")
     if isinstance(version, int) and version > FORMAT_VERSION:
         return f"{path} must have format_version <= {FORMAT_VERSION}, got {version}: update pullback"
+    if type(version) is not int or version != FORMAT_VERSION:
+        return f"{path} must have format_version {FORMAT_VERSION}, got {shown(version)}"
     sealed = _sealed(found)
     if sealed != raw:
         return f"{path} was altered: it must have SHA-256 {_digest(sealed)}, got {_digest(raw)}"
-    if version != FORMAT_VERSION or found.get("checkpoint") != _number(place):
+    if found.get("checkpoint") != _number(place):
         return f"{path} belongs to checkpoint {shown(found.get('checkpoint'))}, not to {place.name}"
     files = found.get("files")
     listed = isinstance(files, dict) and set(files) == set(_PARTS)

@@ -32,7 +32,10 @@ def shown(value: object) -> str:
     """Short printable form of a value for an error message (at most 80 characters)."""
     if isinstance(value, Tensor) and value.dim() > 0:
         return f"a tensor of shape {tuple(value.shape)} and dtype {value.dtype}"
-    text = repr(value)
+    try:
+        text = repr(value)
+    except Exception:  # a repr that raises, or a number of too many digits: the message must still come
+        text = f"a value of type {type(value).__name__}"
     return text if len(text) <= _LONGEST_REPR else f"{text[: _LONGEST_REPR - 3]}..."
 
 
@@ -52,7 +55,10 @@ def _number(name: str, value: object, wanted: str, fix: str) -> float:
         kind = type(value).__name__
         advice = fix or f"Pass a plain number instead of a {kind}."
         raise TypeError(_message(name, f"a number {wanted}".rstrip(), value, advice))
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:  # a whole number beyond the largest float
+        return math.inf if value > 0 else -math.inf
 
 
 def finite(name: str, value: object, *, fix: str = "") -> float:
@@ -152,7 +158,9 @@ def choice(name: str, value: object, options: Iterable[_T], *, fix: str = "") ->
         if type(value) is type(option) and value == option:
             return option
     listed = ", ".join(repr(option) for option in known)
-    near = difflib.get_close_matches(str(value), [str(option) for option in known], n=1)
+    near = difflib.get_close_matches(
+        value if isinstance(value, str) else shown(value), [str(option) for option in known], n=1
+    )
     advice = fix or (f"Did you mean {near[0]!r}?" if near else "")
     raise ValueError(_message(name, f"one of {listed}", value, advice))
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pullback.core.checks import NonFinite, NonFiniteError, shown
+from pullback.core.norms import total_norm, whole
 
 
 def _values(tensor: Tensor) -> Tensor:
@@ -21,16 +22,15 @@ def all_finite(tensors: Sequence[Tensor]) -> bool:
     """Whether no tensor holds NaN or Inf: one norm over all of them and one read by the host.
 
     A finite Euclidean norm means that every entry is finite, and it is the fastest to compute. It may overflow for
-    finite entries; only then the largest absolute value, which cannot, has the last word.
+    finite entries; only then zero times every entry, which is NaN for NaN and Inf alone, has the last word. (A largest
+    absolute value would not do: a rank whose shard is empty has none.)
     """
     dense = [values for values in map(_values, tensors) if values.numel()]
-    return not dense or _norm_is_finite(dense, 2.0) or _norm_is_finite(dense, math.inf)
+    return not dense or _norm_is_finite(dense) or _norm_is_finite([values * 0 for values in dense])
 
 
-def _norm_is_finite(tensors: Sequence[Tensor], order: float) -> bool:
-    total = torch.nn.utils.get_total_norm(tensors, norm_type=order)
-    gather = getattr(total, "full_tensor", None)  # sharded gradients: every rank reads the same number
-    return math.isfinite((total if gather is None else gather()).item())
+def _norm_is_finite(tensors: Sequence[Tensor]) -> bool:
+    return math.isfinite(whole(total_norm(tensors)).item())
 
 
 def _describe(grads: Sequence[Tensor], names: Sequence[str]) -> str:
@@ -38,9 +38,11 @@ def _describe(grads: Sequence[Tensor], names: Sequence[str]) -> str:
     bad = []
     for name, grad in zip(names, grads, strict=True):
         values = _values(grad)
-        wrong = int((~torch.isfinite(values)).sum())
+        # Counted over all shards, so that every rank, also one whose own entries are sound, tells the same.
+        wrong = int(whole((~torch.isfinite(values)).sum()))
         if wrong:
-            bad.append((name, wrong, values.numel(), "NaN" if bool(values.isnan().any()) else "Inf"))
+            nans = int(whole(values.isnan().sum()))
+            bad.append((name, wrong, values.numel(), "NaN" if nans else "Inf"))
     name, wrong, size, what = bad[0]
     others = f" and {len(bad) - 1} other gradients" if len(bad) > 1 else ""
     return f"the gradient of {shown(name)} holds {what} in {wrong} of {size} entries{others}"

@@ -41,6 +41,19 @@ def check_version(owner: str, state: Mapping[str, Any], newest: int, *, oldest: 
     return version
 
 
+def check_counts(owner: str, state: Mapping[str, Any], *keys: str) -> None:
+    """Check that counters are not negative: a step before the first one would only fail later, in a run.
+
+    Raises:
+        StateError: at the first one that is.
+    """
+    for key in keys:
+        if state[key] < 0:
+            raise StateError(
+                f"{owner}.{key} must be >= 0, got {state[key]}. Pass what state_dict() returned."
+            )
+
+
 def check_state(
     owner: str,
     state: object,

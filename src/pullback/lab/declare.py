@@ -233,6 +233,17 @@ class Tune:
     only: Mapping[str, Mapping[str, Domain]] = field(default_factory=dict)
     size: str = "full"
 
+    def __post_init__(self) -> None:
+        _of("Tune.trials", self.trials, int, "Give the number of points of each arm.")
+        _of("Tune.select", self.select, Metric, "Write Metric('name').")
+        for name, domain in (*self.shared.items(), *(d for own in self.only.values() for d in own.items())):
+            _of(
+                f"the domain of {name!r}",
+                domain,
+                (LogUniform, Uniform, Choice),
+                "Write Choice((1, 2)), for example.",
+            )
+
 
 @dataclass(frozen=True)
 class Seeds:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import sqlite3
 import time
 from collections.abc import Generator, Mapping
@@ -99,9 +100,8 @@ class Store:
                     raise StoreError(
                         f"there is no store {self.path}. Run a study first, or give the right folder."
                     )
-                database = sqlite3.connect(
-                    f"{self.path.resolve().as_uri()}?mode=ro", uri=True, isolation_level=None
-                )
+                address = f"{self.path.resolve().as_uri()}?mode=ro{self._immutable()}"
+                database = sqlite3.connect(address, uri=True, isolation_level=None)
             else:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 database = sqlite3.connect(self.path, timeout=30, isolation_level=None)
@@ -111,6 +111,12 @@ class Store:
                 database.close()
                 raise
         return database
+
+    def _immutable(self) -> str:
+        """Read a store in a folder that nobody may write into without SQLite's helper files, when it needs none."""
+        log = self.path.with_name(f"{self.path.name}-wal")
+        settled = not log.is_file() or log.stat().st_size == 0
+        return "&immutable=1" if settled and not os.access(self.path.parent, os.W_OK) else ""
 
     def _prepare(self, database: sqlite3.Connection) -> None:
         version = database.execute("PRAGMA user_version").fetchone()[0]

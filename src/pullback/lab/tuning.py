@@ -144,16 +144,21 @@ def edges(
 
 
 def ranked(
-    domains: Mapping[str, Domain], tried: Sequence[dict[str, Any]], sign: float
+    domains: Mapping[str, Domain], tried: Sequence[dict[str, Any]], lost: Sequence[int], sign: float
 ) -> list[dict[str, Any]]:
-    """All points, best first: of equal scores the one farther from the edges wins, then the earlier one.
+    """All points, best first: of equal scores fewer failures win, then distance from the edges, then the earlier one.
 
     Args:
         domains: the arm's domains.
         tried: all points, each with its ``hp`` and ``score``.
+        lost: by point, how many of its runs failed.
         sign: 1 if higher scores are better, else -1.
     """
-    return sorted(tried, key=lambda p: (-sign * p["score"], len(edges(domains, p["hp"], tried))))
+
+    def place(i: int) -> tuple[float, int, int]:
+        return -sign * tried[i]["score"], lost[i], len(edges(domains, tried[i]["hp"], tried))
+
+    return [tried[i] for i in sorted(range(len(tried)), key=place)]
 
 
 def _share(domain: Any, value: float) -> float:

@@ -150,7 +150,7 @@ def run_check(check: Check, case: Case, *, refusal: str | None = None) -> Outcom
     except BrokenContract as finding:
         silent = "" if refusal is None else f"declared as refused ({refusal}), but not refused by an error: "
         return Outcome(check.id, "failed", silent + str(finding))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         text = f"{type(error).__name__}: {error}"
         if refusal is None:
             return Outcome(check.id, "failed", f"raised {text} (rule: {check.says})")

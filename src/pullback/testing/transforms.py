@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pullback.core.attachment import Attachment, attach
 from pullback.core.clip import ClipGradNorm
+from pullback.core.kinds import StepBatch, Transform
 from pullback.testing.case import Case
 from pullback.testing.check import BrokenContract, NotApplicable, check
 from pullback.testing.exercise import built, case_loss, train
@@ -311,6 +312,32 @@ def clip_order(case: Case) -> None:
         torch.nn.utils.clip_grad_norm_(by_hand.model.parameters(), norm)
         by_hand.optimizer.step()
     expect_same(loop.values(), by_hand.values(), "Clipping in the attachment differs from clipping by hand")
+
+
+class _Next(Transform):
+    """Whoever comes next in the same step: remembers whose gradient is no longer the one that it was handed."""
+
+    torn: str = ""
+
+    def pre_step_(self, batch: StepBatch) -> None:
+        """Compare the gradients handed on with those that the optimizer is about to use."""
+        for param, grad, name in zip(batch.params, batch.grads, batch.names, strict=True):
+            if param.grad is not grad:
+                self.torn = name
+
+
+@check("transform", refusable="no")
+def edits_in_place(case: Case) -> None:
+    """Gradients are edited in place: what follows in the same step works on the edited ones."""
+    loop, following = Loop(case), _Next()
+    loop.attachment.remove()
+    attach(loop.optimizer, loop.component, following, names=loop.model)
+    loop.train(range(2))
+    if following.torn:
+        raise BrokenContract(
+            f"The gradient of {following.torn} is another tensor after the edit, so what follows never sees it.",
+            fix="Edit batch.grads in place.",
+        )
 
 
 @check("transform", refusable="declared")

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -180,6 +181,19 @@ def test_a_file_that_is_edited_or_gone_at_the_end_does_not_cost_the_report(trial
     done = start(*words)
     assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / "runs" / "report" / "index.html").is_file()
+
+
+def test_results_of_a_room_that_is_gone_stay_readable(trial_file, tmp_path, capsys):
+    out = str(tmp_path / "runs")
+    assert run(["trial", trial_file(), "--size", "smoke", "--workers", "1", "--out", out]) == 0
+    with Store(tmp_path / "runs" / "store.sqlite") as store:
+        (kept,) = store.results()
+        store.save_result(replace(kept, room="gone"))
+    capsys.readouterr()
+    assert run(["report", "--out", out]) == 0
+    assert (tmp_path / "runs" / "report" / "gone.html").is_file()
+    assert run(["export", "gone", "--out", out, "--to", str(tmp_path / "evidence")]) == 1
+    assert "no full-size result of 'gone'" in capsys.readouterr().err
 
 
 def test_a_torch_that_is_too_old_is_one_line_with_the_cure(trial_file, tmp_path, monkeypatch, capsys):

@@ -116,6 +116,17 @@ def test_reading_needs_no_lock_and_refuses_to_write(tmp_path):
                 reader.add(cell("other"), outcome())
 
 
+def test_a_store_in_a_read_only_folder_can_be_read(tmp_path, monkeypatch):
+    folder = tmp_path / "archive"
+    with Store(folder / "s.sqlite") as writer:
+        writer.add(cell(), outcome())
+    assert not (folder / "s.sqlite-wal").exists()
+    monkeypatch.setattr("os.access", lambda _path, _mode: False)  # the superuser may write into any folder
+    with Store(folder / "s.sqlite", read_only=True) as reader:
+        assert reader.get("k").seconds == 1.25
+        assert not (folder / "s.sqlite-shm").exists()  # which could not be made there
+
+
 def damaged_copy(path, data):
     path.write_bytes(bytes(data))
     try:

@@ -98,8 +98,9 @@ def test_edges():
 def test_equal_scores_choose_a_point_inside():
     domains = {"lr": Choice((1, 2, 3, 4))}
     tried = [{"hp": {"lr": v}, "score": s} for v, s in ((1, 0.5), (2, 0.5), (3, 0.5), (4, 0.4))]
-    assert [p["hp"]["lr"] for p in ranked(domains, tried, 1.0)] == [2, 3, 1, 4]
-    assert [p["hp"]["lr"] for p in ranked(domains, tried, -1.0)] == [4, 2, 3, 1]
+    assert [p["hp"]["lr"] for p in ranked(domains, tried, [0] * 4, 1.0)] == [2, 3, 1, 4]
+    assert [p["hp"]["lr"] for p in ranked(domains, tried, [0] * 4, -1.0)] == [4, 2, 3, 1]
+    assert [p["hp"]["lr"] for p in ranked(domains, tried, [0, 1, 1, 0], 1.0)] == [1, 2, 3, 4]
 
 
 # --- tuned.toml ---------------------------------------------------------------------------------------------------
@@ -192,3 +193,37 @@ def test_the_best_mean_wins_and_failures_count_as_worst(write, store, serial, tm
 def test_a_trial_without_tuning_says_so(write, store, serial):
     with pytest.raises(TrialError, match=r"toy\.py:main declares no tuning"):
         tune_trial(load_trial(write()), store=store, executor=serial)
+
+
+DIVERGING = """
+def run(cfg, arm, hp, seed, log):
+    return {"accuracy": 1.0, "val": float("nan") if arm == "method" else hp["lr"]}
+
+trial = Trial(title="toy", run=run, arms=Arms("base", "method"), primary=Metric("accuracy"), seeds=Seeds(tune=(100,)),
+              tune=Tune(trials=4, select=Metric("val"), shared={"lr": Uniform(0.0, 1.0)}))
+"""
+
+
+def test_a_choice_among_diverged_runs_is_called_none(write, serial, store):
+    tuned = tune_trial(load_trial(write(DIVERGING)), store=store, executor=serial)
+    assert any(warning.startswith("method: no run ended well") for warning in tuned.warnings)
+    assert not any(warning.startswith("base: no run ended well") for warning in tuned.warnings)
+
+
+def test_points_that_diverge_are_never_better_than_points_that_do_not(write, serial, store):
+    body = DIVERGING.replace(
+        'float("nan") if arm == "method" else hp["lr"]', 'float("nan") if hp["lr"] > 0.5 else -9'
+    )
+    tuned = tune_trial(load_trial(write(body)), store=store, executor=serial)
+    assert all(
+        values["lr"] <= 0.5 for values in tuned.hp.values()
+    )  # although Metric.worst is 0 and -9 is below it
+
+
+def test_tuning_needs_seeds_and_domains(write, serial, store):
+    with pytest.raises(TrialError, match=r"tuning needs seeds of its own, got none"):
+        tune_trial(load_trial(write(DIVERGING.replace("(100,)", "()"))), store=store, executor=serial)
+    with pytest.raises(TypeError, match="the domain of 'lr' must be of type LogUniform or Uniform or Choice"):
+        Tune(trials=4, select=SELECT, shared={"lr": (0.1, 1.0)})
+    with pytest.raises(TypeError, match=r"Tune\.trials must be of type int, got 4\.5"):
+        Tune(trials=4.5, select=SELECT)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pullback.core.checks import NonFinite
 from pullback.core.finite import admit
-from pullback.core.state import check_state
+from pullback.core.state import check_counts, check_state
 
 if TYPE_CHECKING:
     from pullback.core.attachment import Attachment
@@ -167,6 +167,7 @@ class Transform:
         """
         reference = {"format_version": self.format_version, "steps": 0, "state": {}}
         check_state(self.name, state, reference, version=self.format_version, open_keys=("state",))
+        check_counts(self.name, state, "steps")
         self.check_extra_state(state["state"])
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

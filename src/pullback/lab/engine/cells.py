@@ -128,6 +128,10 @@ def check_trial(trial: Trial, ref: StudyRef) -> None:
         raise TrialError(
             f"{ref.source}: timeout must be > 0 seconds, got {trial.timeout}. Give the limit of one run."
         )
+    if trial.tune is not None and not trial.seeds.tune:
+        raise TrialError(
+            f"{ref.source}: tuning needs seeds of its own, got none. Give Seeds.tune at least one."
+        )
     if len(set(trial.seeds.test)) != len(trial.seeds.test) or not trial.seeds.test:
         raise TrialError(
             f"{ref.source}: test seeds must be distinct, got {list(trial.seeds.test)}. Change Seeds.test."

@@ -220,12 +220,13 @@ def _tuned(
     traces: dict[str, list[dict[str, Any]]] = {}
     at_edge: dict[str, tuple[str, ...]] = {}
     for arm, rows in grid.items():
-        trace = []
+        trace, lost = [], []
         for point, cells in zip(points[arm], rows, strict=True):
             runs = [results[cell.key] for cell in cells]
             mean = sum(score(r, select) for r in runs) / len(runs)
+            lost.append(sum(r.status != "done" for r in runs))
             trace.append({"hp": point, "score": mean, "seconds": sum(r.seconds for r in runs)})
-        traces[arm] = tuning.ranked(tuning.domains_of(tune, arm), trace, sign)
+        traces[arm] = tuning.ranked(tuning.domains_of(tune, arm), trace, lost, sign)
         at_edge[arm] = tuning.edges(tuning.domains_of(tune, arm), traces[arm][0]["hp"], trace)
     best = {arm: trace[0]["hp"] for arm, trace in traces.items()}
     sha256 = tuning.trace_hash(traces)
@@ -238,6 +239,11 @@ def _tuned(
         f"{arm}: the best {name} ({best[arm][name]}) lies at an edge of what was tried. Widen its domain."
         for arm, names in at_edge.items()
         for name in names
+    )
+    warnings += tuple(
+        f"{arm}: no run ended well, so that nothing was chosen: {best[arm]} is only the first point."
+        for arm, rows in grid.items()
+        if all(results[cell.key].status != "done" for cells in rows for cell in cells)
     )
     hp = {arm: {**trial.hyperparameters(arm), **best.get(arm, {})} for arm in trial.arms.names()}
     return Tuned(hp, traces, at_edge, sha256, path, warnings)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pullback
 from pullback.core.facts import FactsError, rooms
+from pullback.lab.evidence import EvidenceError
 from pullback.lab.rooms.generate import new_room
 from pullback.lab.rooms.problem import Problem
 from pullback.lab.rooms.rules import check_room
@@ -111,12 +112,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code."""
+    """Run one command and return its exit code; a fact, evidence or file that cannot be read is one line."""
     options = parser().parse_args(arguments)
     try:
         return options.run(options)
-    except FactsError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (FactsError, EvidenceError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
 
 
