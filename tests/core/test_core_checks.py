@@ -120,7 +120,9 @@ class Mute:
         raise ValueError("no text")
 
 
-@pytest.mark.parametrize("value", [Mute(), [Mute()], 10**5000, -(10**400)])
+@pytest.mark.parametrize(
+    "value", [Mute(), [Mute()], 10**5000, -(10**400)], ids=["mute", "listed", "long", "large"]
+)
 def test_what_cannot_be_shown_or_held_is_still_refused_by_name(value):
     assert len(checks.shown(value)) <= 80
     for check in (checks.positive, checks.fraction, checks.finite):
