@@ -8,7 +8,7 @@ moment sees the smoothed gradient as it does in GCond, which alone lengthens its
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -62,6 +62,7 @@ class Config:
 # --- the arms ------------------------------------------------------------------------------------------------------
 
 
+@runtime_checkable  # the examples are run with types checked as well
 class Way(Protocol):
     """How an arm turns a batch into ``.grad``; returns the cosine of the two gradients where it measures it."""
 
