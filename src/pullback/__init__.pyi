@@ -12,6 +12,10 @@ from pullback.methods.dann import ShallowDANN as ShallowDANN
 from pullback.methods.dann import proxy_a_distance as proxy_a_distance
 from pullback.methods.gradient_noise import GradientNoise as GradientNoise
 from pullback.methods.gradient_noise import add_gradient_noise_ as add_gradient_noise_
+from pullback.methods.pinn_annealing import GradientAnnealing as GradientAnnealing
+from pullback.methods.pinn_annealing import GradientHistograms as GradientHistograms
+from pullback.methods.pinn_annealing import ModifiedMLP as ModifiedMLP
+from pullback.methods.pinn_annealing import weight_matrices as weight_matrices
 
 __version__: str
 
@@ -19,8 +23,11 @@ __all__ = [
     "Attachment",
     "ClipGradNorm",
     "DomainAdversarialLoss",
+    "GradientAnnealing",
+    "GradientHistograms",
     "GradientNoise",
     "GradientReversal",
+    "ModifiedMLP",
     "NonFiniteError",
     "ShallowDANN",
     "add_gradient_noise_",
@@ -28,4 +35,5 @@ __all__ = [
     "cite",
     "proxy_a_distance",
     "schedules",
+    "weight_matrices",
 ]
