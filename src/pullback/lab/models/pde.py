@@ -10,14 +10,14 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, TypeAlias
+from typing import ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from pullback.lab.models.taylor import Derivatives
 
-Evaluate: TypeAlias = Callable[[Tensor, int], Derivatives]
+Evaluate: TypeAlias = Callable[[Tensor, Literal[0, 1, 2]], Derivatives]
 """``evaluate(x, order)``: derivatives up to ``order`` (0: the value alone) at points x [n, d], one output."""
 
 Points: TypeAlias = Mapping[str, tuple[Tensor, Tensor]]

@@ -67,7 +67,7 @@ class GradientAnnealing(WeightedLosses):
             choice changes the weights: `weight_matrices` gives the paper's. Every loss must reach all of them.
         alpha: weight of the newest ratio, in [0, 1]; 0 leaves the weights alone, measures and counts nothing.
         update_every: steps from one update to the next, the first step being one.
-        variant: ``"siam"`` or ``"arxiv-v1"``; None: the former, but the latter for ``statistics="norm"``.
+        variant: ``"siam"`` or ``"arxiv-v1"``; None: the first, for ``statistics="norm"`` the second.
         statistics: ``"layer-mean"``: mean over layers of each layer's mean entry (the published code);
             ``"global-mean"``: mean of all entries; ``"cavity"``: largest over mean entry in each layer, then the
             largest layer (the published lid-driven cavity); ``"norm"``: mean of all terms' gradient norms over
@@ -127,10 +127,9 @@ class GradientAnnealing(WeightedLosses):
         process_group: Any = None,
     ) -> None:
         chosen = chosen_parameters(params)
-        self.statistics: Statistics = choice(
-            "statistics", statistics, ("layer-mean", "global-mean", "cavity", "norm")
-        )
-        norm = self.statistics == "norm"
+        kinds = ("layer-mean", "global-mean", "cavity", "norm")
+        self.statistics: Statistics = choice("statistics", statistics, kinds)
+        norm = statistics == "norm"
         super().__init__(
             terms,
             reference,
@@ -245,9 +244,9 @@ class GradientAnnealing(WeightedLosses):
     @property
     def stats(self) -> AnnealingStatistics:
         """Sizes of the gradients at the last update."""
-        reference = dict(zip(self.reference, self.peak.clone().unbind(), strict=True))
+        reference = dict(zip(self.reference, self.peak.clone(), strict=True))
         return AnnealingStatistics(
-            self.layers, reference, dict(zip(self.terms, self.spread.clone().unbind(), strict=True))
+            self.layers, reference, dict(zip(self.terms, self.spread.clone(), strict=True))
         )
 
     def gradient_histograms(
@@ -353,7 +352,8 @@ class GradientAnnealing(WeightedLosses):
         self.lam[self.fixed :] = torch.where(good, new.clamp(self.lam_min, self.lam_max), old)
         self.updates.add_(1)
         self.skipped.add_((~good).any())
-        self.peak[:, at], self.spread[:, at] = peak, spread
+        every = slice(None) if len(at) == len(self.layers) else at
+        self.peak[:, every], self.spread[:, every] = peak, spread
 
     def _report(self, good: Tensor, finite: Tensor) -> None:
         """Raise or warn about statistics that are not finite; ``"skip"`` reads nothing."""

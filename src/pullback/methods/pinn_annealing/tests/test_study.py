@@ -13,7 +13,6 @@ from pullback.core.streams import generator
 from pullback.lab.models.pde import Helmholtz
 from pullback.methods.pinn_annealing import ModifiedMLP, study
 from pullback.methods.pinn_annealing.study import (
-    ARMS,
     STUDIES,
     Config,
     at,
@@ -62,7 +61,7 @@ def test_every_arm_runs_and_repeats_bitwise(declared):
 @pytest.mark.parametrize("problem", ["helmholtz", "klein-gordon"])
 def test_arms_differ_in_their_weights_alone(problem):
     cfg = replace(SMALL, problem=problem)
-    logs = {arm: Kept() for arm in ARMS.names()}
+    logs = {arm: Kept() for arm in STUDIES[0].arms.names()}
     found = {arm: run(cfg, arm, {**HP, "weight": 1.0}, 100, log) for arm, log in logs.items()}
     assert logs["constant"].curves == logs["plain"].curves  # a weight of 1 is no weight
     starts = {arm: log.curves["log_error"][0] for arm, log in logs.items()}
@@ -100,7 +99,7 @@ def test_precisions_share_start_and_points():
 
 def test_training_lowers_the_error_of_the_smallest_problem():
     log = Kept()
-    reached = run(STUDIES[0].sizes["smoke"], "both", {"lr": 1e-2}, 100, log)
+    reached = run(replace(STUDIES[0].sizes["smoke"], steps=200), "both", {"lr": 1e-2}, 100, log)
     assert reached["log_error"] < log.curves["log_error"][0][1] - 0.5
 
 
