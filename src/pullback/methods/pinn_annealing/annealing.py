@@ -175,13 +175,7 @@ class GradientAnnealing(WeightedLosses):
             NonFiniteError: if a statistic is not finite and ``nonfinite="raise"``.
         """
         self._check(losses)
-        weights = self.lam.clone()
-        if self._counting(losses):
-            if self._due():
-                self._collect(per_loss(losses, self._live(), keep_graph=True), losses, last)
-                weights = self.lam.clone() if self.apply_at == "now" else weights
-            self._advance(last)
-        return self._total(losses, weights)
+        return self._sum(losses, self._due(losses), last)
 
     def backward(
         self, losses: Mapping[str, Tensor], inputs: Iterable[Tensor] | None = None, *, last: bool = True
@@ -200,17 +194,16 @@ class GradientAnnealing(WeightedLosses):
             last: as for a call.
 
         Returns:
-            The weighted sum, detached.
-
-        Raises errors as a call does, before any ``.grad`` is touched.
+            The weighted sum, detached. Errors are those of a call and come before any ``.grad`` is touched.
         """
         self._check(losses)
         leaves = None if inputs is None else _leaves(inputs)
-        if self._counting(losses) and self._due():
+        due = self._due(losses)
+        if due:
             targets = graph_leaves(losses.values()) if leaves is None else leaves
             if not any(leaf._backward_hooks for leaf in targets):
                 return self._backward_apart(losses, targets, last)
-        total = self(losses, last=last)
+        total = self._sum(losses, due, last)
         total.backward(inputs=leaves)
         return total.detach()
 
@@ -238,15 +231,15 @@ class GradientAnnealing(WeightedLosses):
         For closures: ``balance.update(losses())``, then ``with balance.frozen(): optimizer.step(closure)``.
         """
         self._check(losses)
-        self._refuse_inside()
+        self._refuse_inside(True)
         self._collect(per_loss(losses, self._live(), keep_graph=True), losses, last=True)
 
     @property
     def stats(self) -> AnnealingStatistics:
         """Sizes of the gradients at the last update."""
-        reference = dict(zip(self.reference, self.peak.clone(), strict=True))
+        peaks = dict(zip(self.reference, self.peak.clone(), strict=True))
         return AnnealingStatistics(
-            self.layers, reference, dict(zip(self.terms, self.spread.clone(), strict=True))
+            self.layers, peaks, dict(zip(self.terms, self.spread.clone(), strict=True))
         )
 
     def gradient_histograms(
@@ -265,18 +258,29 @@ class GradientAnnealing(WeightedLosses):
 
     # --- one step --------------------------------------------------------------------------------------------------
 
-    def _counting(self, losses: Mapping[str, Tensor]) -> bool:
-        """Whether this call belongs to training."""
+    def _due(self, losses: Mapping[str, Tensor]) -> bool | None:
+        """Whether this call updates the weights; None when it does not even count, being no part of training."""
         if self._frozen or not self.training or self.alpha == 0.0 or not torch.is_grad_enabled():
-            return False
-        return any(loss.requires_grad for loss in losses.values())
+            return None
+        if not any(loss.requires_grad for loss in losses.values()):
+            return None
+        due = self._count % self.update_every == 0
+        self._refuse_inside(due)
+        return due
 
-    def _due(self) -> bool:
-        self._refuse_inside()
-        return self._count % self.update_every == 0
+    def _sum(self, losses: Mapping[str, Tensor], due: bool | None, last: bool) -> Tensor:
+        """The weighted sum, with what `_due` said done."""
+        weights = self.lam.clone()  # backward needs them as they are now
+        if due:
+            self._collect(per_loss(losses, self._live(), keep_graph=True), losses, last)
+            weights = self.lam.clone() if self.apply_at == "now" else weights
+        if due is not None:
+            self._advance(last)
+        return self._total(losses, weights)
 
-    def _refuse_inside(self) -> None:
-        """Refuse to move weights where that would be wrong or is impossible."""
+    @staticmethod
+    def _refuse_inside(moves: bool) -> None:
+        """Refuse to count, or to move, weights where that would be wrong or is impossible."""
         if torch.compiler.is_compiling():
             where, fix = (
                 "inside torch.compile",
@@ -284,7 +288,7 @@ class GradientAnnealing(WeightedLosses):
             )
         elif torch._C._functorch.peek_interpreter_stack() is not None:
             where, fix = "inside a torch.func transform", "Wrap the call in balance.frozen()."
-        elif _inside_lbfgs():
+        elif moves and _inside_lbfgs():
             where = "inside LBFGS.step(closure), whose line search compares values of one loss"
             fix = "Call balance.update(losses) before it and step within balance.frozen()."
         else:
@@ -372,11 +376,9 @@ class GradientAnnealing(WeightedLosses):
 
     def extra_repr(self) -> str:
         """Names and settings."""
-        return (
-            f"terms={list(self.terms)}, reference={list(self.reference)}, params={len(self.layers)}, "
-            f"alpha={self.alpha:g}, update_every={self.update_every}, variant={self.variant!r}, "
-            f"statistics={self.statistics!r}, apply={self.apply_at!r}"
-        )
+        names = f"terms={list(self.terms)}, reference={list(self.reference)}, params={len(self.layers)}"
+        shape = f"variant={self.variant!r}, statistics={self.statistics!r}, apply={self.apply_at!r}"
+        return f"{names}, alpha={self.alpha:g}, update_every={self.update_every}, {shape}"
 
 
 def _leaves(inputs: Iterable[Tensor]) -> list[Tensor]:
@@ -393,8 +395,6 @@ def _leaves(inputs: Iterable[Tensor]) -> list[Tensor]:
 def _inside_lbfgs() -> bool:
     """Whether the caller is a closure that ``LBFGS.step`` evaluates."""
     frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code is _LBFGS_STEP:
-            return True
+    while frame is not None and frame.f_code is not _LBFGS_STEP:
         frame = frame.f_back
-    return False
+    return frame is not None

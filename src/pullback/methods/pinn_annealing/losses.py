@@ -27,7 +27,7 @@ def check_losses(losses: object) -> None:
         TypeError: if ``losses`` is no mapping or holds something else than floating tensors.
         ValueError: if it is empty or a loss is no scalar.
     """
-    if not isinstance(losses, Mapping):
+    if type(losses) is not dict and not isinstance(losses, Mapping):
         raise TypeError(
             f"losses must be a mapping of names to scalar tensors, got {shown(losses)}. "
             'Name them: {"residual": loss_r, "boundary": loss_b}.'
@@ -242,6 +242,7 @@ class WeightedLosses(Objective):
         super().__init__()
         self.terms, self.reference = _names("terms", terms), _names("reference", reference)
         self.names = (*self.reference, *self.terms)
+        self._known = frozenset(self.names)
         if len(set(self.names)) < len(self.names):
             raise ValueError(f"terms and reference must be distinct, got {list(self.names)}. Rename one.")
         self.fixed = 0 if weigh_reference else len(self.reference)
@@ -273,7 +274,7 @@ class WeightedLosses(Objective):
     def _check(self, losses: Mapping[str, Tensor]) -> None:
         """Refuse anything but exactly the declared losses."""
         check_losses(losses)
-        if losses.keys() != set(self.names):
+        if losses.keys() != self._known:
             missing = [name for name in self.names if name not in losses]
             unknown = [name for name in losses if name not in self.names]
             raise ValueError(
