@@ -21,6 +21,10 @@ from pullback.methods.paced import BetaKernel as BetaKernel
 from pullback.methods.paced import PassRateTracker as PassRateTracker
 from pullback.methods.paced import distillation_loss as distillation_loss
 from pullback.methods.paced import gradient_snr as gradient_snr
+from pullback.methods.pinn_annealing import GradientAnnealing as GradientAnnealing
+from pullback.methods.pinn_annealing import GradientHistograms as GradientHistograms
+from pullback.methods.pinn_annealing import ModifiedMLP as ModifiedMLP
+from pullback.methods.pinn_annealing import weight_matrices as weight_matrices
 from pullback.methods.sam_gs import SAMGS as SAMGS
 from pullback.methods.sam_gs import multitask_backward as multitask_backward
 
@@ -34,9 +38,12 @@ __all__ = [
     "ConflictMonitor",
     "ConflictResolver",
     "DomainAdversarialLoss",
+    "GradientAnnealing",
     "GradientConductor",
+    "GradientHistograms",
     "GradientNoise",
     "GradientReversal",
+    "ModifiedMLP",
     "MomentumWriter",
     "NonFiniteError",
     "PassRateTracker",
@@ -50,4 +57,5 @@ __all__ = [
     "multitask_backward",
     "proxy_a_distance",
     "schedules",
+    "weight_matrices",
 ]
