@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -133,3 +134,15 @@ def test_figure_draws_from_what_is_kept():
     assert len(figure.axes) == 2 * 3  # arms times weight matrices
     empty: Any = type("Result", (), {"array": lambda self, arm, name: None})()
     assert study.draw_gradients(empty) is not None
+
+
+def test_factors_are_ratios_of_paired_errors():
+    scores = {"plain": {1: -1.0, 2: 0.0}, "both": {1: -3.0, 2: -1.0}}
+    arms = [SimpleNamespace(name="plain", role="baseline"), SimpleNamespace(name="both", role="other")]
+    result: Any = SimpleNamespace(name="helmholtz", arms=arms, scores=lambda arm, metric: scores[arm])
+    (ax,) = study.draw_factors(result).axes
+    drawn = [each.get_offsets()[:, 0].tolist() for each in ax.collections]
+    assert drawn[0] == pytest.approx([1.0, 1.0])
+    assert drawn[1] == pytest.approx([100.0, 10.0])
+    assert drawn[2] == pytest.approx([0.194 / 0.0033])  # the paper's
+    assert [text.get_text() for text in ax.texts] == ["1", "31.6"]
