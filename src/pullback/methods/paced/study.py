@@ -343,7 +343,7 @@ STUDIES: tuple[lab.Study, ...] = (
         primary=BOTH,
         seeds=lab.Seeds(TEST_SEEDS, tune=(100, 101)),
         select="both_validation",
-        rates=(1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3),
+        rates=(1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3),
         also=(lab.Greater("paced", than="uniform", metric=ACCURACY), *ALSO),
         refuted_if=UNLEARNABLE,
         paper=replace(PAPER, note="forgetting on MMLU 1.4 % (distillation), 0.6 % (self-distillation)"),
@@ -372,7 +372,7 @@ STUDIES: tuple[lab.Study, ...] = (
         "Forward KL first, reverse KL afterwards, with PACED weights",
         0.5,
         arms=lab.Arms("forward only", "two-stage", rivals=("reverse only",), others=("uniform, two-stage",)),
-        rates=(1e-3, 3e-3, 6e-3, 1e-2),
+        rates=(3e-4, 1e-3, 3e-3, 6e-3, 1e-2),
         also=(
             lab.Greater("two-stage", than="uniform, two-stage"),
             lab.Greater("two-stage", than="uniform, two-stage", metric=COPYING),
