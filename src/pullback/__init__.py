@@ -35,6 +35,8 @@ def _exports() -> dict[str, tuple[str, str | None]]:
 
 def __getattr__(name: str) -> object:
     """Load the public name ``name`` from the core or from the room that exports it."""
+    if name == "__all__":
+        return sorted(_exports())  # what the stub says
     if name.startswith("_"):
         raise AttributeError(f"module 'pullback' has no attribute {name!r}")
     place = _CORE.get(name) or _exports().get(name)

@@ -42,6 +42,13 @@ def test_every_name_loads_and_says_what_it_is() -> None:
         assert isinstance(value, str) or (value.__doc__ or "").strip(), f"{name} has no docstring"
 
 
+def test_a_star_import_gives_what_the_stub_lists() -> None:
+    found: dict[str, object] = {}
+    exec("from pullback import *", found)
+    names = set(found) - {"__builtins__"}
+    assert names == set(dir(pullback)) - {"__version__"}
+
+
 def test_a_name_is_loaded_once() -> None:
     vars(pullback).pop("attach", None)
     first = pullback.attach
