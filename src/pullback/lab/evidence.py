@@ -182,23 +182,29 @@ def export_room(
 ) -> Path:
     """Write ``<folder>/<room>.json`` with the room's latest results at full size, in one step.
 
+    Studies that the file holds already and the store does not, because they ran elsewhere, stay in it.
+
     Args:
         store: where the results are.
         room: the room's name.
         folder: where the file goes.
         order: names of the room's studies as they are declared; readers take the first result for the main one.
+            Studies of an older file that are not among them are dropped; when empty, none is.
 
     Raises:
-        EvidenceError: if the store has no full-size result of the room.
+        EvidenceError: if the store has no full-size result of the room, or the file there cannot be read.
     """
     results = [r for r in store.results(room) if r.size == "full"]
     if not results:
         raise EvidenceError(
             f"{store.path} has no full-size result of {room!r}. Run `pullback study {room}` first."
         )
+    path = Path(folder) / f"{room}.json"
+    new = {r.name for r in results}
+    older = [r for r in _read(path) if r.name not in new] if path.is_file() else []
+    results += [r for r in older if not order or r.name in order]
     place = {name: index for index, name in enumerate(order)}
     ordered = sorted(results, key=lambda r: (place.get(r.name, len(place)), r.name != "main", r.name))
-    path = Path(folder) / f"{room}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -218,17 +224,18 @@ def read_evidence(folder: str | Path) -> dict[str, list[TrialResult]]:
     Raises:
         EvidenceError: if a file cannot be read, naming it.
     """
-    found: dict[str, list[TrialResult]] = {}
-    for path in sorted(Path(folder).glob("*.json")):
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise EvidenceError(f"{path} cannot be read: {error}. Export it again.") from error
-        results = from_json(text, str(path))
-        for result in results:
-            if result.room != path.stem:
-                raise EvidenceError(
-                    f"{path} must hold the room {path.stem!r}, got {result.room!r}. Give the file its room's name."
-                )
-        found[path.stem] = results
-    return found
+    return {path.stem: _read(path) for path in sorted(Path(folder).glob("*.json"))}
+
+
+def _read(path: Path) -> list[TrialResult]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise EvidenceError(f"{path} cannot be read: {error}. Export it again.") from error
+    results = from_json(text, str(path))
+    for result in results:
+        if result.room != path.stem:
+            raise EvidenceError(
+                f"{path} must hold the room {path.stem!r}, got {result.room!r}. Give the file its room's name."
+            )
+    return results

@@ -96,6 +96,28 @@ def test_a_file_is_written_in_one_step_and_read_by_room(result, tmp_path):
     assert read_evidence(tmp_path / "nothing") == {}
 
 
+def test_studies_that_ran_elsewhere_stay_in_the_file(result, tmp_path):
+    class Kept:
+        path = tmp_path / "s.sqlite"
+
+        def __init__(self, names, title):
+            self.names, self.title = names, title
+
+        def results(self, room):
+            return [replace(result, room=room, name=name, title=self.title) for name in self.names]
+
+    declared = ["main", "extra"]
+    export_room(Kept(["main", "dropped"], "old"), "toy", tmp_path, order=["main", "dropped"])
+    path = export_room(Kept(["extra"], "new"), "toy", tmp_path, order=declared)
+    assert [(r.name, r.title) for r in read_evidence(tmp_path)["toy"]] == [("main", "old"), ("extra", "new")]
+    export_room(Kept(["main"], "new"), "toy", tmp_path, order=declared)
+    assert [(r.name, r.title) for r in read_evidence(tmp_path)["toy"]] == [("main", "new"), ("extra", "new")]
+    path.write_text("{")
+    with pytest.raises(EvidenceError, match=r"toy\.json is no valid JSON"):
+        export_room(Kept(["main"], "new"), "toy", tmp_path, order=declared)
+    assert path.read_text() == "{"
+
+
 def test_evidence_of_another_room_is_not_taken_for_this_one(result, tmp_path):
     (tmp_path / "dann.json").write_text(to_json([replace(result, room="paced")]))
     with pytest.raises(EvidenceError, match=r"dann\.json must hold the room 'dann', got 'paced'"):

@@ -7,6 +7,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -141,7 +142,7 @@ def test_factors_are_ratios_of_paired_errors():
     arms = [SimpleNamespace(name="plain", role="baseline"), SimpleNamespace(name="both", role="other")]
     result: Any = SimpleNamespace(name="helmholtz", arms=arms, scores=lambda arm, metric: scores[arm])
     (ax,) = study.draw_factors(result).axes
-    drawn = [each.get_offsets()[:, 0].tolist() for each in ax.collections]
+    drawn = [np.asarray(each.get_offsets())[:, 0].tolist() for each in ax.collections]
     assert drawn[0] == pytest.approx([1.0, 1.0])
     assert drawn[1] == pytest.approx([100.0, 10.0])
     assert drawn[2] == pytest.approx([0.194 / 0.0033])  # the paper's
