@@ -260,7 +260,7 @@ ERROR = Metric("log_error", better="lower", unit="log10", worst=3.0)
 SELECT = Metric("log_validation_error", better="lower", unit="log10", worst=3.0)
 IMBALANCE = Metric("imbalance", better="lower", unit="log10", worst=10.0)
 STIFFNESS = Metric("log_stiffness", better="lower", unit="log10", worst=10.0)
-RATES = Choice((7e-4, 1.5e-3, 3e-3, 6e-3, 1.2e-2))
+RATES = Choice((7e-4, 1.5e-3, 3e-3, 6e-3, 1.2e-2, 2.4e-2, 4.8e-2))
 WEIGHTS = Choice((10.0, 100.0, 1000.0))  # 1 is the baseline
 GRADIENTS = Drawing(
     "gradients",
@@ -327,7 +327,7 @@ def declare(name: str, title: str, cfg: Config, **fields: Any) -> Study:
         sizes={"smoke": smoke, "full": cfg, "tuning": replace(cfg, steps=cfg.steps * 3 // 4)},
         primary=ERROR,
         hp={"*": {"lr": 1.5e-3}, "constant": {"weight": 100.0}},
-        tune=Tune(15, SELECT, shared={"lr": RATES}, only={"constant": {"weight": WEIGHTS}}, size="tuning"),
+        tune=Tune(14, SELECT, shared={"lr": RATES}, only={"constant": {"weight": WEIGHTS}}, size="tuning"),
         timeout=300.0,
         figures=(FACTORS, CURVES, PairedSeeds(), GRADIENTS, WEIGHT_CURVES),
         refuted_if=REFUTED,
