@@ -206,7 +206,7 @@ class StackedSGD(_Stacked):
     """Plain gradient descent, ``p <- p - lr * grad`` with a rate [members]."""
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # ty: ignore[invalid-method-override]
+    def step(self, closure: Any = None) -> None:  # ty: ignore[incompatible-method-override]
         """Update every parameter that has a gradient."""
         del closure
         for group in self.param_groups:
@@ -230,7 +230,7 @@ class StackedAdam(_Stacked):
         self.count = 0
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # ty: ignore[invalid-method-override]
+    def step(self, closure: Any = None) -> None:  # ty: ignore[incompatible-method-override]
         """Update every parameter that has a gradient."""
         del closure
         self.count += 1
