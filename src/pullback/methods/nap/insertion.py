@@ -24,7 +24,7 @@ def insert_norms(
     eps: float = 1e-6,
     leave: Iterable[str] = (),
 ) -> fx.GraphModule:
-    """A copy of ``model`` with a normalisation directly before every hidden nonlinearity (card step 1).
+    """A copy of ``model`` with a normalisation directly before every hidden nonlinearity.
 
     The graph is traced by torch.fx, so that calls of functions count like modules and names count for nothing. A
     nonlinearity that is normalised already keeps its normalisation. One behind which no layer follows belongs to the
@@ -56,15 +56,13 @@ def insert_norms(
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-        >>> print(str(insert_norms(net)).partition("\\n\\n")[0])
-        Sequential(
-          (0): Linear(in_features=4, out_features=8, bias=False)
-          (norms): Module(
-            (_1): LayerNorm((8,), eps=1e-06, elementwise_affine=False, bias=False)
-          )
-          (1): ReLU()
-          (2): Linear(in_features=8, out_features=2, bias=True)
+        >>> net = insert_norms(net)
+        >>> net.norms
+        Module(
+          (_1): LayerNorm((8,), eps=1e-06, elementwise_affine=False, bias=False)
         )
+        >>> getattr(net, "0")
+        Linear(in_features=4, out_features=8, bias=False)
     """
     if not callable(norm):
         choice(
@@ -88,6 +86,12 @@ def insert_norms(
 
 
 def _check_seen(traced: Traced, left: set[str]) -> None:
+    known = {str(n.target) for n in traced.graph.nodes} | {n.name for n in traced.graph.nodes}
+    unknown = sorted(name for name in left if name not in known)
+    if unknown:
+        raise ValueError(
+            f"leave must name modules or nodes of the graph, got {unknown}. Known: {shown(sorted(known))}"
+        )
     closed = [path for path in traced.closed() if path not in left]
     if closed:
         kind = type(traced.modules[closed[0]]).__name__
@@ -106,12 +110,6 @@ def _check_seen(traced: Traced, left: set[str]) -> None:
         raise ValueError(
             f"model must have no forward hooks of its own, got some on {type(traced.model).__name__}: a traced copy "
             "would lose them. Register them on the result."
-        )
-    known = {str(n.target) for n in traced.graph.nodes} | {n.name for n in traced.graph.nodes}
-    unknown = sorted(name for name in left if name not in known)
-    if unknown:
-        raise ValueError(
-            f"leave must name modules or nodes of the graph, got {unknown}. Known: {shown(sorted(known))}"
         )
 
 

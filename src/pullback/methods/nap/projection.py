@@ -42,7 +42,7 @@ _LINEAR = tuple(
 class Project(FrobeniusProjector):
     r"""Keep the norm of every weight that is followed by a normalisation: theta <- rho * theta / ||theta||_F.
 
-    The second half of Normalize-and-Project (card steps 2 to 5; the first is `insert_norms`). Under a following
+    The second half of Normalize-and-Project; the first is `insert_norms`. Under a following
     normalisation the function does not depend on the norm of the weight, but the effective learning rate does: it falls
     with ||theta||^2 under SGD and with ||theta|| under Adam. With the norm held, the learning rate is the one that the
     schedule says. So write a schedule: what is taken away may have been a useful one.

@@ -282,7 +282,7 @@ def test_frozen_tied_parametrized_and_zero_weights():
     assert Project(twice).names == ["0.weight"]
     twice[6] = nn.Linear(4, 4, bias=False)
     twice[6].weight = twice[0].weight
-    with pytest.raises(ValueError, match="shared with 6.weight"):
+    with pytest.raises(ValueError, match=r"shared with 6\.weight"):
         Project(twice)
     weighted = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.LayerNorm(4), nn.ReLU(),
                              nn.Linear(4, 2))  # fmt: skip
