@@ -1,4 +1,4 @@
-"""Projection of 200 tensors against one norm and one multiplication over them, and what an attachment adds to a step."""
+"""Projection of 200 tensors against one norm and one product over them, and what an attachment adds to a step."""
 
 from __future__ import annotations
 

@@ -246,7 +246,7 @@ BY_RATE = Drawing(
 DEVIATIONS = (
     "500 digits of 14 x 14 pixels, 30 tasks of 100 steps of batch 50, two hidden layers of 64 units, where the paper "
     "takes CIFAR-10 through 200 draws of labels and 20 million steps; the norms have no gain; learning rates are tuned "
-    "by the accuracy of the last ten tasks on the label streams of another seed (nothing is generalised, so there is no "
+    "by the accuracy of the last ten tasks on the label streams of another seed (nothing generalises: there is no "
     "test set); the schedule within a task rises for a tenth of it; the arm decay (weights shrink by a tuned share in "
     "every step, which bounds the norm as well) is ours."
 )

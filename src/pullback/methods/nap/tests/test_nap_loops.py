@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -152,5 +153,5 @@ def test_the_schedule_rises_and_falls_within_a_task():
     assert found[0] == 0.1
     assert max(found) == found[10] == 1.0
     assert found[99] == pytest.approx(0.01, abs=1e-3)
-    assert all(a > b for a, b in zip(found[10:], found[11:], strict=False))
+    assert all(a > b for a, b in pairwise(found[10:]))
     assert cosine(0, 1) == 1.0
