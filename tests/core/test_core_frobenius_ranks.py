@@ -36,7 +36,7 @@ def train(net, rank=0, world=1, **settings):
 
 def worker(rank, folder):
     from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import Partial, distribute_tensor, init_device_mesh
+    from torch.distributed.tensor import DTensor, Partial, init_device_mesh
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
@@ -50,7 +50,7 @@ def worker(rank, folder):
     wrapped = nn.parallel.DistributedDataParallel(inner)
     found["replicas"] = train(wrapped, rank, 2, every=2)
     refused = []
-    partial = distribute_tensor(torch.ones(4, 2), mesh).redistribute(mesh, [Partial()])
+    partial = DTensor.from_local(torch.ones(4, 2), mesh, [Partial()])
     sharded = next(iter(net.parameters()))
     for params, settings in ((partial, {}), (sharded, {"per": "row"})):
         try:

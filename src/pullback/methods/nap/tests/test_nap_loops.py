@@ -65,6 +65,7 @@ def test_two_ranks_equal_one_process(tmp_path):
     torch.testing.assert_close(first, train(alone, alone, slice(None)), rtol=0, atol=1e-10)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # the compiler's own
 def test_compiled_model_and_step_are_the_eager_ones():
     eager, compiled = network(), network()
     wanted = train(eager, eager, slice(None))
