@@ -15,7 +15,6 @@ from pullback.core.frobenius import FrobeniusProjector
 from pullback.core.state import StateError
 from pullback.testing import Case, parametrize_with_checks
 
-
 TOLERANCE = 2.0**-9  # of half precision
 
 
@@ -293,6 +292,11 @@ def bad_tensors():
         ),
         "complex": ([torch.ones(3, dtype=torch.complex64)], TypeError, "got dtype torch.complex64"),
         "sparse": ([sparse], ValueError, "param0 must be dense, got layout torch.sparse_coo"),
+        "lazy": (
+            list(nn.LazyLinear(2).parameters()),
+            ValueError,
+            "must be initialised, got a lazy parameter",
+        ),
         "meta": ([torch.ones(3, device="meta")], ValueError, "got the meta device"),
         "zero": ([draw(2), torch.zeros(3)], ValueError, "param1 must have a finite norm > 0, got 0"),
         "nan": ([torch.tensor([float("nan")])], ValueError, "param0 must have a finite norm > 0, got nan"),

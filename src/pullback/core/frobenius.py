@@ -86,6 +86,7 @@ class FrobeniusProjector(Transform):
         self._blocks = _blocks(self._names, joint)
         self._rho = norms_of(self._tensors, self._blocks, self.per)
         self._check_norms()
+        self._places: dict[int, int] = {}  # where an optimizer holds our tensors, by position
         self._moved: set[int] = set()  # stepped since their last projection
         self._due: set[int] = set()  # those of them for which it is time
         self._left = [torch.zeros((), dtype=torch.int64, device=rho.device) for rho in self._rho]
@@ -148,7 +149,7 @@ class FrobeniusProjector(Transform):
     def _adopt(self, batch: StepBatch) -> int:
         """Take over tensors of the same name or place, and shape, from an optimizer that holds none of ours."""
         names = {name: i for i, name in enumerate(self._names)}
-        places = {index: i for i, index in getattr(self, "_places", {}).items()}
+        places = {index: i for i, index in self._places.items()}
         found = 0
         for param, name, index in zip(batch.params, batch.names, batch.indices, strict=True):
             i = names.get(name, places.get(index))

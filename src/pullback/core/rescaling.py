@@ -69,6 +69,10 @@ def _check_tensor(name: str, tensor: Tensor) -> None:
         raise ValueError(
             f"{name} must be dense, got layout {tensor.layout}. Leave it out or use .to_dense()."
         )
+    if nn.parameter.is_lazy(tensor):
+        raise ValueError(
+            f"{name} must be initialised, got a lazy parameter. Run one batch through the model first."
+        )
     if tensor.is_meta:
         raise ValueError(f"{name} must have memory, got the meta device. Initialise the model first.")
     sharding(tensor)

@@ -70,7 +70,7 @@ def test_compiled_model_and_step_are_the_eager_ones():
     eager, compiled = network(), network()
     wanted = train(eager, eager, slice(None))
     found = train(torch.compile(compiled, backend="eager"), compiled, slice(None), compiled=True)
-    assert torch.equal(found, wanted)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-10)  # a compiled Adam counts in tensors
 
 
 def test_a_project_made_from_a_wrapped_model_and_a_copy_go_on():
