@@ -17,6 +17,8 @@ from pullback.methods.gcond import MomentumWriter as MomentumWriter
 from pullback.methods.gcond import TaskAccumulator as TaskAccumulator
 from pullback.methods.gradient_noise import GradientNoise as GradientNoise
 from pullback.methods.gradient_noise import add_gradient_noise_ as add_gradient_noise_
+from pullback.methods.nap import Project as Project
+from pullback.methods.nap import insert_norms as insert_norms
 from pullback.methods.paced import BetaKernel as BetaKernel
 from pullback.methods.paced import PassRateTracker as PassRateTracker
 from pullback.methods.paced import distillation_loss as distillation_loss
@@ -47,6 +49,7 @@ __all__ = [
     "MomentumWriter",
     "NonFiniteError",
     "PassRateTracker",
+    "Project",
     "ShallowDANN",
     "TaskAccumulator",
     "add_gradient_noise_",
@@ -54,6 +57,7 @@ __all__ = [
     "cite",
     "distillation_loss",
     "gradient_snr",
+    "insert_norms",
     "multitask_backward",
     "proxy_a_distance",
     "schedules",
