@@ -223,16 +223,24 @@ def _check_layer(layer: nn.Module) -> None:
             "parametrization after it: the gradient of the resulting weight is then edited."
         )
     if isinstance(layer, nn.modules.lazy.LazyModuleMixin):
-        raise TypeError(f"layer must have its weight, got the uninitialised {kind}. Run one batch through it first.")
+        raise TypeError(
+            f"layer must have its weight, got the uninitialised {kind}. Run one batch through it first."
+        )
     if type(layer) not in _TREATED:
         names = ", ".join(each.__name__ for each in _TREATED)
-        first = next((f"{name} ({type(m).__name__})" for name, m in layer.named_modules() if type(m) in _TREATED), None)
-        fix = _FIX if first is None else f"Pass the layer that sees the data; the first one inside is {first}."
+        first = next(
+            (f"{name} ({type(m).__name__})" for name, m in layer.named_modules() if type(m) in _TREATED), None
+        )
+        fix = (
+            _FIX if first is None else f"Pass the layer that sees the data; the first one inside is {first}."
+        )
         raise TypeError(f"layer must be one of {names}, got {kind}. {fix}")
     weight: Any = layer.weight
     if not weight.dtype.is_floating_point or weight.layout != torch.strided:
         shown = weight.dtype if weight.layout == torch.strided else weight.layout
-        raise TypeError(f"layer.weight must be real, floating and dense, got {shown}. Leave this layer untreated.")
+        raise TypeError(
+            f"layer.weight must be real, floating and dense, got {shown}. Leave this layer untreated."
+        )
 
 
 def _group(sync: Any) -> Any:

@@ -54,7 +54,9 @@ def precondition_input(
         wide = torch.float64 if torch.float64 in {weight.dtype, x.dtype} else torch.float32
         lam = torch.full((), positive("lam", lam, fix=LARGER), dtype=wide, device=weight.device)
     elif lam.dim() > 0:
-        raise ValueError(f"lam must be a number or a 0-dim tensor, got shape {tuple(lam.shape)}. Pass one damping.")
+        raise ValueError(
+            f"lam must be a number or a 0-dim tensor, got shape {tuple(lam.shape)}. Pass one damping."
+        )
     return preconditioned(weight, x, lam, samples, process_group)
 
 
@@ -67,9 +69,7 @@ def preconditioned(weight: Tensor, x: Tensor, lam: Tensor, samples: Samples, pro
             "process_group must be None in a compiled region, got a group: the covariance is reduced in the middle of "
             "the backward pass. Leave the layer outside of torch.compile, or do not average its covariance."
         )
-    return edit_gradient(
-        weight, partial(precondition, samples=samples, process_group=process_group), x, lam
-    )
+    return edit_gradient(weight, partial(precondition, samples=samples, process_group=process_group), x, lam)
 
 
 def check_plain(name: str, tensor: object) -> Tensor:

@@ -27,7 +27,13 @@ def edited(x, weight, outer, lam=LAM):
 
 
 @settings(max_examples=30, deadline=None)
-@given(b=st.integers(1, 12), n=st.integers(1, 8), m=st.integers(1, 4), power=st.integers(-8, 4), seed=st.integers(0, 99))
+@given(
+    b=st.integers(1, 12),
+    n=st.integers(1, 8),
+    m=st.integers(1, 4),
+    power=st.integers(-8, 4),
+    seed=st.integers(0, 99),
+)
 def test_equals_the_papers_formula_whether_samples_are_many_or_few(b, n, m, power, seed):
     x, outer, lam = draw(b, n, seed=seed), draw(b, m, seed=seed + 1), 2.0**power
     got = edited(x, draw(m, n), outer, lam)
@@ -79,7 +85,9 @@ def test_one_hot_inputs_give_means_over_occurrences():
 def test_an_invertible_map_of_the_inputs_changes_no_step_of_z():
     x, outer, mix = draw(12, 4), draw(12, 3), draw(4, 4, seed=3) + 2 * torch.eye(4)
     one = x @ edited(x, draw(3, 4), outer, 1e-12).T
-    torch.testing.assert_close(x @ mix @ edited(x @ mix, draw(3, 4), outer, 1e-12).T, one, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(
+        x @ mix @ edited(x @ mix, draw(3, 4), outer, 1e-12).T, one, rtol=1e-7, atol=1e-7
+    )
 
 
 # --- what the method is for -------------------------------------------------------------------------------------------
@@ -136,7 +144,10 @@ LAYERS = {
 def geometry(layer):
     """What the reference needs, read from the arguments of the layer."""
     if layer.padding == "same":
-        pads = [((d * (k - 1)) // 2, -(-d * (k - 1) // 2)) for k, d in zip(layer.kernel_size, layer.dilation, strict=True)]
+        pads = [
+            ((d * (k - 1)) // 2, -(-d * (k - 1) // 2))
+            for k, d in zip(layer.kernel_size, layer.dilation, strict=True)
+        ]
     else:
         pads = [(p, p) for p in ([0] * len(layer.kernel_size) if layer.padding == "valid" else layer.padding)]
     return {
@@ -149,7 +160,9 @@ def geometry(layer):
     }
 
 
-@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")  # torch, of its own copy
+@pytest.mark.filterwarnings(
+    "ignore:Using padding='same' with even kernel:UserWarning"
+)  # torch, of its own copy
 @pytest.mark.parametrize("chunk", [2**20, 200, 1])
 @pytest.mark.parametrize("name", LAYERS)
 def test_convolutions_equal_the_reference_in_every_geometry(name, chunk, monkeypatch):

@@ -40,40 +40,88 @@ def sparse():
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: tract(nn.Linear(4, 3), lam=0.0), ValueError, r"lam must be > 0, got 0\.0\. The damping keeps"),
+        (
+            lambda: tract(nn.Linear(4, 3), lam=0.0),
+            ValueError,
+            r"lam must be > 0, got 0\.0\. The damping keeps",
+        ),
         (lambda: tract(nn.Linear(4, 3), lam=-0.1), ValueError, r"lam must be > 0, got -0\.1"),
         (lambda: tract(nn.Linear(4, 3), lam=math.inf), ValueError, "lam must be > 0, got inf"),
         (lambda: tract(nn.Linear(4, 3), lam=math.nan), ValueError, "lam must be > 0, got nan"),
         (lambda: untyped(nn.Linear(4, 3), lam="0.1"), TypeError, "lam must be a number"),
         (lambda: tract(nn.Linear(4, 3), lam=lambda p: -1.0), ValueError, r"lam\(0\) must be > 0, got -1"),
         (lambda: untyped(W), TypeError, "layer must be of type Module, got Tensor"),
-        (lambda: tract(nn.Embedding(4, 3)), TypeError, "layer must be one of Linear.*got Embedding.*precondition_input"),
+        (
+            lambda: tract(nn.Embedding(4, 3)),
+            TypeError,
+            "layer must be one of Linear.*got Embedding.*precondition_input",
+        ),
         (lambda: tract(nn.ConvTranspose2d(1, 1, 3)), TypeError, "layer must be one of .*got ConvTranspose2d"),
         (lambda: tract(nn.Bilinear(2, 2, 1)), TypeError, "layer must be one of .*got Bilinear"),
-        (lambda: tract(nn.MultiheadAttention(4, 1)), TypeError, "layer must be one of .*got MultiheadAttention"),
+        (
+            lambda: tract(nn.MultiheadAttention(4, 1)),
+            TypeError,
+            "layer must be one of .*got MultiheadAttention",
+        ),
         (lambda: tract(Own(4, 3)), TypeError, "layer must be one of .*got Own.*precondition_input"),
         (
             lambda: tract(nn.Sequential(nn.Flatten(), nn.Linear(4, 3))),
             TypeError,
             r"got Sequential\. Pass the layer that sees the data; the first one inside is 1 \(Linear\)",
         ),
-        (lambda: tract(nn.LazyLinear(3)), TypeError, "layer must have its weight, got the uninitialised LazyLinear"),
+        (
+            lambda: tract(nn.LazyLinear(3)),
+            TypeError,
+            "layer must have its weight, got the uninitialised LazyLinear",
+        ),
         (lambda: tract(parametrised()), ValueError, "layer must have a plain weight, got ParametrizedLinear"),
-        (lambda: tract(treated()), ValueError, r"got TrActLinear, which is treated already.*tract\.remove\(\)"),
-        (lambda: tract(nn.Linear(4, 3).to(torch.complex64)), TypeError, "layer.weight must be real.*got torch.complex64"),
-        (lambda: tract(sparse()), TypeError, "layer.weight must be real, floating and dense, got torch.sparse_coo"),
-        (lambda: tract(nn.Linear(4, 3), sync_covariance=True), RuntimeError, "sync_covariance needs connected processes"),
+        (
+            lambda: tract(treated()),
+            ValueError,
+            r"got TrActLinear, which is treated already.*tract\.remove\(\)",
+        ),
+        (
+            lambda: tract(nn.Linear(4, 3, dtype=torch.complex64)),
+            TypeError,
+            "layer.weight must be real.*got torch.complex64",
+        ),
+        (
+            lambda: tract(sparse()),
+            TypeError,
+            "layer.weight must be real, floating and dense, got torch.sparse_coo",
+        ),
+        (
+            lambda: tract(nn.Linear(4, 3), sync_covariance=True),
+            RuntimeError,
+            "sync_covariance needs connected processes",
+        ),
         (lambda: TrAct().set(0.0), ValueError, "lam must be > 0, got 0"),
         (lambda: TrAct().progress(1.5), ValueError, r"p must be in \[0, 1\], got 1.5"),
         (lambda: TrAct(lambda p: 1.0 - p).progress(1.0), ValueError, r"lam\(1\) must be > 0, got 0"),
-        (lambda: setattr(treated().tract, "enabled", "no"), TypeError, "enabled must be of type bool, got str"),
+        (
+            lambda: setattr(treated().tract, "enabled", "no"),
+            TypeError,
+            "enabled must be of type bool, got str",
+        ),
         (lambda: precondition_input(W, X, 0.0), ValueError, "lam must be > 0, got 0"),
-        (lambda: precondition_input(W, X, torch.ones(2)), ValueError, r"lam must be a number or a 0-dim tensor, got"),
-        (lambda: precondition_input(W, X[:, :3]), ValueError, r"x must have 4 entries in its last dimension.*\(6, 3\)"),
+        (
+            lambda: precondition_input(W, X, torch.ones(2)),
+            ValueError,
+            r"lam must be a number or a 0-dim tensor, got",
+        ),
+        (
+            lambda: precondition_input(W, X[:, :3]),
+            ValueError,
+            r"x must have 4 entries in its last dimension.*\(6, 3\)",
+        ),
         (lambda: precondition_input(W[0], X), ValueError, r"weight must have rows, got shape \(4,\)"),
         (lambda: precondition_input(W, X.long()), TypeError, "x must be a floating tensor"),
         (lambda: precondition_input(W + 0j, X), TypeError, "weight must be a floating tensor"),
-        (lambda: precondition_input(W, X.to_sparse()), TypeError, "x must be dense, got layout torch.sparse_coo"),
+        (
+            lambda: precondition_input(W, X.to_sparse()),
+            TypeError,
+            "x must be dense, got layout torch.sparse_coo",
+        ),
     ],
 )
 def test_what_makes_no_sense_is_named(make, error, message):
@@ -101,7 +149,9 @@ def test_a_parametrization_after_tract_gets_the_edited_gradient_and_stands_in_th
     (grad,) = torch.autograd.grad(layer(x).sum(), layer.parametrizations.weight.original)
     inverse = torch.linalg.inv(x.T @ x / 9 + 0.5 * torch.eye(4))
     torch.testing.assert_close(grad, 2 * torch.ones(3, 9) @ x @ inverse)
-    with pytest.raises(RuntimeError, match="must have the class that tract gave it, got ParametrizedTrActLinear"):
+    with pytest.raises(
+        RuntimeError, match="must have the class that tract gave it, got ParametrizedTrActLinear"
+    ):
         handle.remove()
     parametrize.remove_parametrizations(layer, "weight")
     handle.remove()
