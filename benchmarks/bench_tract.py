@@ -82,11 +82,16 @@ def resnet_rows() -> list[Row]:
         Row(what, "plain layer", _median_ratio(_training(ours, x, outer), _training(plain, x, outer), 5)),
     ]
     if importlib.util.find_spec("torch_tract") is None:
-        return [*rows, Row(what, PEER, skipped="torch-tract is not installed: pip install --no-deps torch-tract")]
+        return [
+            *rows,
+            Row(what, PEER, skipped="torch-tract is not installed: pip install --no-deps torch-tract"),
+        ]
     from torch_tract import TrAct as Official
 
     peer = Official(copy.deepcopy(plain), l=0.1)
-    rows.append(Row(what, PEER, _median_ratio(_training(ours, x, outer), _training(peer, x, outer), 5), bound=1.0))
+    rows.append(
+        Row(what, PEER, _median_ratio(_training(ours, x, outer), _training(peer, x, outer), 5), bound=1.0)
+    )
     return rows
 
 
@@ -99,13 +104,21 @@ def linear_rows() -> list[Row]:
         z = functional.linear(x, precondition_input(weight, x, 0.1), plain.bias)
         torch.autograd.grad(z, (weight, plain.bias), outer)
 
-    rows = [Row("Linear(784, 256), batch 1024", "plain layer", _median_ratio(functional_form, _training(plain, x, outer), 9))]
+    rows = [
+        Row(
+            "Linear(784, 256), batch 1024",
+            "plain layer",
+            _median_ratio(functional_form, _training(plain, x, outer), 9),
+        )
+    ]
     if importlib.util.find_spec("torch_tract") is not None:
         from torch_tract import TrAct as Official
 
         peer = Official(copy.deepcopy(plain), l=0.1)
         against = _training(peer, x, outer)
-        rows.append(Row("Linear(784, 256), batch 1024", PEER, _median_ratio(functional_form, against, 9), bound=1.0))
+        rows.append(
+            Row("Linear(784, 256), batch 1024", PEER, _median_ratio(functional_form, against, 9), bound=1.0)
+        )
     return rows
 
 
@@ -149,7 +162,9 @@ def vit_row() -> Row:
             precondition(grad, x, lam, samples=patches)
 
     share = _median_ratio(edit, step, 5)
-    return Row("edit of a ViT-S patch embedding, batch 16", "one training step of the ViT-S", share, bound=0.03)
+    return Row(
+        "edit of a ViT-S patch embedding, batch 16", "one training step of the ViT-S", share, bound=0.03
+    )
 
 
 def ratios() -> list[Row]:

@@ -23,6 +23,9 @@ from pullback.methods.paced import distillation_loss as distillation_loss
 from pullback.methods.paced import gradient_snr as gradient_snr
 from pullback.methods.sam_gs import SAMGS as SAMGS
 from pullback.methods.sam_gs import multitask_backward as multitask_backward
+from pullback.methods.tract import TrAct as TrAct
+from pullback.methods.tract import precondition_input as precondition_input
+from pullback.methods.tract import tract as tract
 
 __version__: str
 
@@ -42,12 +45,15 @@ __all__ = [
     "PassRateTracker",
     "ShallowDANN",
     "TaskAccumulator",
+    "TrAct",
     "add_gradient_noise_",
     "attach",
     "cite",
     "distillation_loss",
     "gradient_snr",
     "multitask_backward",
+    "precondition_input",
     "proxy_a_distance",
     "schedules",
+    "tract",
 ]

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, final
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
 from pullback.core.checks import instance
@@ -18,7 +19,7 @@ from pullback.methods.tract.signal import TrAct, check_plain
 _FIX = "For a layer of your own call precondition_input on its weight and input in its forward."
 
 
-class _Treated:
+class _Treated(nn.Module):
     """What the treated layers share; mixed in before the layer's own class."""
 
     plain: ClassVar[type[nn.Module]]
@@ -26,10 +27,10 @@ class _Treated:
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.tract.signal._apply(fn, recurse)
-        return super()._apply(fn, recurse)  # ty: ignore[unresolved-attribute]
+        return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, {self.tract.signal.extra_repr()}"  # ty: ignore[unresolved-attribute]
+        return f"{super().extra_repr()}, {self.tract.signal.extra_repr()}"
 
 
 class TrActLinear(_Treated, nn.Linear):
@@ -204,8 +205,8 @@ def tract(layer: nn.Module, lam: float | Schedule = 0.1, *, sync_covariance: Any
     layer = instance("layer", layer, nn.Module, fix="Pass the layer itself, for example model.conv1.")
     if isinstance(layer, _Treated):
         raise ValueError(
-            f"layer must be a plain one, got {type(layer).__name__}, which is treated already. Call layer.tract.remove() "
-            "first, or set layer.tract.lam."
+            f"layer must be a plain one, got {type(layer).__name__}, which is treated already. Call "
+            "layer.tract.remove() first, or set layer.tract.lam."
         )
     _check_layer(layer)
     handle = TrActHandle(layer, TrAct(lam, process_group=_group(sync_covariance)))
@@ -222,7 +223,7 @@ def _check_layer(layer: nn.Module) -> None:
             f"layer must have a plain weight, got {kind} with a parametrization. Call tract first and register the "
             "parametrization after it: the gradient of the resulting weight is then edited."
         )
-    if isinstance(layer, nn.modules.lazy.LazyModuleMixin):
+    if isinstance(layer, LazyModuleMixin):
         raise TypeError(
             f"layer must have its weight, got the uninitialised {kind}. Run one batch through it first."
         )

@@ -1,7 +1,7 @@
 """Does TrAct in the first layer save a fifth of the training, and is it more than whitening the data would do?
 
-Small convolutional networks and a small vision transformer learn real digits in a few epochs. As in the paper the learning
-rate is tuned for the baseline and reused; beside that TrAct and every rival run at their own best rate.
+Small convolutional networks and a small vision transformer learn real digits in a few epochs. As in the paper
+the learning rate is tuned for the baseline and reused; beside that TrAct and every rival have their own best rate.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Config:
     tuning: bool = False
 
 
-# --- data and networks -------------------------------------------------------------------------------------------------
+# --- data and networks --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -155,12 +155,13 @@ def normalise_patches(first: nn.Conv2d) -> None:
         spread = (square - mean * mean).clamp_min(0.0).add(1e-5).sqrt()
         sums = first.weight.sum((1, 2, 3)).view(1, -1, 1, 1)
         z = F.conv2d(images, first.weight, None, first.stride, first.padding)
-        return (z - mean * sums) / spread + first.bias.view(1, -1, 1, 1)  # ty: ignore[unresolved-attribute]
+        bias: Any = first.bias
+        return (z - mean * sums) / spread + bias.view(1, -1, 1, 1)
 
     vars(first)["forward"] = forward
 
 
-# --- one run -----------------------------------------------------------------------------------------------------------
+# --- one run ------------------------------------------------------------------------------------------------
 
 
 def trained_as(cfg: Config, arm: str) -> str:
@@ -219,11 +220,13 @@ def run(cfg: Config, arm: str, hp: Hyperparameters, seed: int, log: Log) -> Mapp
 @torch.no_grad()
 def accuracy(model: nn.Module, part: Part) -> float:
     """Fraction of ``part`` whose digit has the highest score."""
-    right = [(model(x).argmax(1) == y).float() for x, y in zip(part.x.split(500), part.y.split(500), strict=True)]
+    right = [
+        (model(x).argmax(1) == y).float() for x, y in zip(part.x.split(500), part.y.split(500), strict=True)
+    ]
     return float(torch.cat(right).mean())
 
 
-# --- figure ------------------------------------------------------------------------------------------------------------
+# --- figure -------------------------------------------------------------------------------------------------
 
 
 def draw_budgets(result: TrialResult) -> Figure:
@@ -253,7 +256,7 @@ def draw_budgets(result: TrialResult) -> Figure:
     return figure
 
 
-# --- declarations ------------------------------------------------------------------------------------------------------
+# --- declarations -------------------------------------------------------------------------------------------
 
 ACCURACY = Metric("test_accuracy", unit="fraction")
 SELECT = Metric("validation_accuracy", unit="fraction")
@@ -268,11 +271,12 @@ BUDGET = Drawing(
     "Right: what the damping is up against.",
 )
 DEVIATIONS = (
-    "Small networks on 7,000 digits and budgets of about two epochs and up to four times that, where the paper trains "
-    "ResNets and ViTs for 100 to 800. The learning rate is tuned for the baseline at every budget and reused for TrAct as in "
-    "the paper (arm tract: while tuning, this arm trains the baseline); tract_own tunes rate and damping. Rivals that the "
-    "paper lacks: whitened has the covariance of the data set in the forward pass, first_rate gives the first layer "
-    "a learning rate of its own. Patch normalisation is the paper's ablation."
+    "Small networks on 7,000 digits, about two epochs and up to four times that, where the paper trains ResNets and "
+    "ViTs for 100 to 800. The learning rate is tuned for the baseline at every budget and reused for TrAct as in the "
+    "paper (while tuning, the arm tract trains the baseline); tract_own tunes rate and damping. The paper lacks two "
+    "rivals: whitened has the covariance of the data set in the forward pass, first_rate gives the first layer a "
+    "learning rate of its own. Patch normalisation is the paper's ablation. The transformer gives all tokens to its "
+    "head, so that it learns something in two epochs."
 )
 CANNOT = "ResNet and ViT on CIFAR and ImageNet, detection, and training of hundreds of epochs."
 
@@ -287,7 +291,9 @@ def declare(
         name=name,
         title=title,
         run=run,
-        arms=Arms("plain", "tract", rivals=RIVALS, others=(*OTHERS, "plain_4x", "tract_4x") if long else OTHERS),
+        arms=Arms(
+            "plain", "tract", rivals=RIVALS, others=(*OTHERS, "plain_4x", "tract_4x") if long else OTHERS
+        ),
         primary=ACCURACY,
         sizes={"smoke": replace(cfg, steps=4), "full": cfg, "tuning": replace(cfg, tuning=True)},
         hp={"*": {"lr": rates[len(rates) // 2], "lam": 0.1, "factor": 1.0}},
@@ -309,7 +315,7 @@ def declare(
         timeout=300.0,
         figures=(BUDGET, PairedSeeds()),
         paper=paper,
-        refuted_if="the interval of (tract - plain_1.25x) lies below 0, or its rate of the baseline is at the grid's edge",
+        refuted_if="the 95 % interval of (tract - plain_1.25x) includes 0 or lies below it",
         cannot_test=CANNOT,
         deviations=DEVIATIONS,
     )
@@ -323,8 +329,11 @@ VIT = PaperResult(
     "Table 3", "ImageNet, DeiT-III ViT-S, 400 epochs, top-1", 0.8123, 0.8150,
     note="81.97 against 82.18 % at 800 epochs",
 )  # fmt: skip
-RANGES = PaperResult("ablation of the input range", "a figure without numbers: without standardisation the gain shrinks")
+RANGES = PaperResult(
+    "ablation of the input range", "a figure without numbers: without standardisation the gain shrinks"
+)
 SGD = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
+BYTES = (1e-4, 3e-4, 1e-3, 2e-3, 4e-3, 1e-2, 2e-2)
 ADAM = (3e-4, 1e-3, 3e-3, 6e-3, 1e-2, 2e-2, 4e-2)
 
 STUDIES: tuple[Study, ...] = (
@@ -338,7 +347,15 @@ STUDIES: tuple[Study, ...] = (
     ),
     declare("cnn-adam", "Convolutional network, Adam", Config("cnn", "adam"), ADAM, RESNET),
     declare("vit-adam", "Vision transformer with patches of 7x7, Adam", Config("vit", "adam"), ADAM, VIT),
-    declare("cnn-unit", "Convolutional network, SGD, inputs in [0, 1]", Config("cnn", "sgd", "unit"), SGD, RANGES),
-    declare("cnn-bytes", "Convolutional network, SGD, inputs in [0, 255]", Config("cnn", "sgd", "bytes"), SGD, RANGES),
+    declare(
+        "cnn-unit", "Convolutional network, SGD, inputs in [0, 1]", Config("cnn", "sgd", "unit"), SGD, RANGES
+    ),
+    declare(
+        "cnn-bytes",
+        "Convolutional network, SGD, inputs in [0, 255]",
+        Config("cnn", "sgd", "bytes"),
+        BYTES,
+        RANGES,
+    ),
 )
 """All studies of this room; the first is the main one."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -218,8 +220,8 @@ def test_patches_and_an_unfolded_linear_layer_are_the_same():
 def peer(layer, x, outer):
     """Gradients of the official wrapper; it takes linear layers and zero-padded, ungrouped convolutions only."""
     official = pytest.importorskip("torch_tract", reason="torch-tract is not installed")
-    wrapped = official.TrAct(layer, l=LAM)
-    return torch.autograd.grad(wrapped(x), (wrapped.weight, wrapped.bias), outer)
+    wrapped: Any = official.TrAct(layer, l=LAM)
+    return torch.autograd.grad(wrapped(x), [wrapped.weight, wrapped.bias], outer)
 
 
 @pytest.mark.parametrize("b", [3, 30])
