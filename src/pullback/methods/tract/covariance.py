@@ -124,9 +124,10 @@ def moments(x: Tensor, samples: Samples, dtype: torch.dtype) -> Tensor:
 def damped_factor(matrix: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
     r"""Cholesky factor of ``matrix + lam I`` and the damping that was used.
 
-    The damping is ``lam``, but at least four rounding errors of the trace: less than that would be lost in the sum,
-    and the factorisation could fail. A matrix with NaN or Inf gives NaN throughout instead of an error, so that
-    nothing is read back from the device and the caller's own policy meets a gradient that is plainly not finite.
+    The damping is ``lam``, but at least 16 rounding errors of the trace: less would be lost in the sum, and the
+    factorisation could fail; with that much the result is right to a few per cent even for a matrix of rank one. A
+    matrix with NaN or Inf gives NaN throughout instead of an error, so that nothing is read back from the device and
+    the caller's own policy meets a gradient that is plainly not finite.
 
     Args:
         matrix: symmetric positive semi-definite, [..., k, k].
@@ -136,11 +137,10 @@ def damped_factor(matrix: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
         The lower factor [..., k, k] and the damping [..., 1, 1].
     """
     trace = matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
-    floor = 4 * torch.finfo(matrix.dtype).eps * trace
-    damping = torch.maximum(lam.to(matrix.dtype), floor) + (trace - trace)  # + 0, or NaN
-    damping = damping[..., None, None]
+    floor = 16 * torch.finfo(matrix.dtype).eps * trace
+    damping = torch.maximum(lam.to(matrix.dtype), floor)[..., None, None]  # NaN where the trace is
     eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    return torch.linalg.cholesky_ex(matrix + damping * eye).L, damping
+    return torch.linalg.cholesky_ex(matrix + damping * eye).L, damping  # an infinite damping times 0 is NaN
 
 
 def precondition(

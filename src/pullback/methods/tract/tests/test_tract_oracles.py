@@ -221,7 +221,7 @@ def peer(layer, x, outer):
     """Gradients of the official wrapper; it takes linear layers and zero-padded, ungrouped convolutions only."""
     official = pytest.importorskip("torch_tract", reason="torch-tract is not installed")
     wrapped: Any = official.TrAct(layer, l=LAM)
-    return torch.autograd.grad(wrapped(x), (layer.weight, layer.bias), outer)  # it shares the parameters
+    return torch.autograd.grad(wrapped(x), list(layer.parameters()), outer)  # which the wrapper shares
 
 
 @pytest.mark.parametrize("b", [3, 30])
@@ -229,7 +229,7 @@ def test_equals_the_official_package_on_a_linear_layer(b):
     layer, x, outer = nn.Linear(7, 4).double(), draw(b, 7), draw(b, 4)
     wanted = peer(layer, x, outer)
     with tract(layer, LAM):
-        got = torch.autograd.grad(layer(x), (layer.weight, layer.bias), outer)
+        got = torch.autograd.grad(layer(x), list(layer.parameters()), outer)
     for one, other in zip(got, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
 
@@ -240,6 +240,6 @@ def test_equals_the_official_package_on_a_convolution(stride, padding, size):
     outer = draw(*layer(x).shape, seed=1)
     wanted = peer(layer, x, outer)
     with tract(layer, LAM):
-        got = torch.autograd.grad(layer(x), (layer.weight, layer.bias), outer)
+        got = torch.autograd.grad(layer(x), list(layer.parameters()), outer)
     for one, other in zip(got, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
