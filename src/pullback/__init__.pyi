@@ -29,6 +29,9 @@ from pullback.methods.pinn_annealing import ModifiedMLP as ModifiedMLP
 from pullback.methods.pinn_annealing import weight_matrices as weight_matrices
 from pullback.methods.sam_gs import SAMGS as SAMGS
 from pullback.methods.sam_gs import multitask_backward as multitask_backward
+from pullback.methods.tract import TrAct as TrAct
+from pullback.methods.tract import precondition_input as precondition_input
+from pullback.methods.tract import tract as tract
 
 __version__: str
 
@@ -52,6 +55,7 @@ __all__ = [
     "Project",
     "ShallowDANN",
     "TaskAccumulator",
+    "TrAct",
     "add_gradient_noise_",
     "attach",
     "cite",
@@ -59,7 +63,9 @@ __all__ = [
     "gradient_snr",
     "insert_norms",
     "multitask_backward",
+    "precondition_input",
     "proxy_a_distance",
     "schedules",
+    "tract",
     "weight_matrices",
 ]

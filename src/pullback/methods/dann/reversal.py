@@ -3,37 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
 from pullback.core.checks import finite, fraction, instance, integer, positive
+from pullback.core.edit import edit_gradient
 from pullback.core.kinds import Signal
 from pullback.core.schedules import Schedule
 
 
-class _Reverse(torch.autograd.Function):
-    """Identity forwards, ``-lam`` times the gradient backwards; keeps nothing but ``lam``."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, lam: Tensor, clip: float | None) -> Tensor:  # noqa: ARG004
-        # A view, not x itself: returned unchanged, the input would be aliased by the output.
-        return x.view_as(x)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float | None], output: Tensor) -> None:  # noqa: ARG004
-        _, lam, ctx.clip = inputs
-        ctx.save_for_backward(lam)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (grad,) = grads
-        (lam,) = ctx.saved_tensors
-        back = (grad * -lam).to(grad.dtype)  # the cast matters for 0-dim gradients only
-        return (back if ctx.clip is None else _clipped(back, ctx.clip)), None, None
+def _reversed(grad: Tensor, lam: Tensor, *, limit: float | None) -> Tensor:
+    """``-lam`` times the gradient, then the clip."""
+    back = (grad * -lam).to(grad.dtype)  # the cast matters for 0-dim gradients only
+    return back if limit is None else _clipped(back, limit)
 
 
 def _clipped(grad: Tensor, limit: float) -> Tensor:
@@ -75,7 +60,7 @@ def reverse_gradient(x: Tensor, lam: float | Tensor, *, clip: float | None = Non
         raise ValueError(
             f"lam must be a number or a 0-dim tensor, got shape {tuple(lam.shape)}. Reverse parts of x separately."
         )
-    return _Reverse.apply(x, lam, limit)
+    return edit_gradient(x, partial(_reversed, limit=limit), lam)
 
 
 @final
@@ -123,7 +108,7 @@ class GradientReversal(Signal):
     def forward(self, x: Tensor) -> Tensor:
         """Return a view of ``x`` (any shape) whose gradient will be reversed."""
         # The clone (of one number) keeps backward right when lam moves on between forward and backward.
-        return _Reverse.apply(_differentiable("x", x), self.lam.clone(), self.clip)
+        return edit_gradient(_differentiable("x", x), partial(_reversed, limit=self.clip), self.lam.clone())
 
     def progress(self, p: float) -> None:
         """Move to progress ``p`` in [0, 1] and set ``lam`` by the schedule (a fixed ``lam`` stays).

@@ -1,0 +1,100 @@
+"""What the edit keeps and what it holds at a time, counted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from pullback.methods.tract import tract
+
+
+class Peak(TorchDispatchMode):
+    """Largest number of bytes that live at a time in tensors which operations have made."""
+
+    def __init__(self, *given: Tensor) -> None:
+        super().__init__()
+        self.given = {each.untyped_storage().data_ptr() for each in given}
+        self.live: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for each in out if isinstance(out, tuple | list) else (out,):
+            storage = each.untyped_storage() if isinstance(each, Tensor) else None
+            if storage is not None and storage.data_ptr() not in self.given:
+                self.live[storage.data_ptr()] = StorageWeakRef(storage), storage.nbytes()
+        self.live = {key: row for key, row in self.live.items() if not row[0].expired()}
+        self.most = max(self.most, sum(size for _, size in self.live.values()))
+        return out
+
+
+def peak_of_backward(layer, x):
+    z = layer(x)
+    outer = torch.ones_like(z)
+    with Peak(x, z, outer, *layer.parameters()) as meter:
+        torch.autograd.grad(z, list(layer.parameters()), outer)
+    return meter.most
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_patches_are_never_held_at_once(dtype):
+    layer, x = nn.Conv2d(3, 4, 7, stride=2).to(dtype), torch.randn(4, 3, 224, 224, dtype=dtype)
+    plain = peak_of_backward(layer, x)
+    with tract(layer):
+        extra = peak_of_backward(layer, x) - plain
+    patches = 4 * 109 * 109 * 147 * 4  # bytes in float32
+    assert extra < 0.25 * patches
+    assert extra > 147 * 147 * 4  # the meter sees the covariance
+
+
+def test_a_large_image_is_read_in_pieces_as_well():
+    layer, x = nn.Conv2d(1, 2, 9), torch.randn(1, 1, 400, 400)
+    plain = peak_of_backward(layer, x)
+    with tract(layer):
+        extra = peak_of_backward(layer, x) - plain
+    assert extra < 0.25 * 392 * 392 * 81 * 4
+
+
+def test_the_graph_keeps_no_more_than_the_input_and_one_number():
+    layer, x = nn.Conv2d(3, 4, 3), torch.randn(2, 3, 9, 9)
+
+    def kept():
+        found = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: found.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t
+        ):
+            z = layer(x)
+        del z
+        return sum(t.untyped_storage().nbytes() for t in found.values())
+
+    plain = kept()
+    with tract(layer):
+        assert kept() - plain == 4
+
+
+def test_operations_are_those_of_one_covariance_and_one_solve():
+    layer, x = nn.Linear(32, 8), torch.randn(100, 32)
+
+    def operations():
+        with FlopCounterMode(display=False) as meter:
+            layer(x).sum().backward()
+        return meter.get_total_flops()
+
+    plain = operations()
+    with tract(layer):
+        assert operations() - plain == 2 * 100 * 32 * 32  # 2 b n^2; the counter knows no triangular solves
+
+
+def test_nothing_grows_over_steps():
+    layer = nn.Conv1d(2, 3, 3)
+    handle = tract(layer)
+    before = set(vars(layer)), set(vars(handle)), len(handle.signal.state_dict())
+    for _ in range(5):
+        layer(torch.randn(4, 2, 9)).sum().backward()
+    assert (set(vars(layer)), set(vars(handle)), len(handle.signal.state_dict())) == before
