@@ -74,9 +74,9 @@ class LANTON(Optimizer):
         foreach: ``False`` steps layer by layer; batches of one shape otherwise.
         nonfinite: what to do when a gradient holds NaN or Inf: ``"raise"``, ``"skip"`` (the step changes nothing) or
             ``"warn"``, at the cost of one number read by the host; ``None`` does not look, and reads nothing.
-        capturable: refused; which steps measure is decided on the host.
-        differentiable: refused; steps are not differentiated.
-        fused: refused; there is no fused kernel, and ``GradScaler`` unscales before the step.
+        capturable: refused, as which steps measure is decided on the host.
+        differentiable: refused.
+        fused: refused; ``GradScaler`` unscales before the step.
 
     Raises:
         TypeError: if an argument is of another type; in a step, if a gradient is sparse or complex.
@@ -114,12 +114,9 @@ class LANTON(Optimizer):
         differentiable: bool = False,
         fused: bool | None = None,
     ) -> None:
-        flags = {"capturable": capturable, "differentiable": differentiable, "fused": fused}
-        for name, flag in flags.items():
+        for name, flag in (("capturable", capturable), ("differentiable", differentiable), ("fused", fused)):
             if flag:
-                raise ValueError(
-                    f"{name} must be False, got {flag!r}. LANTON has no such step; leave it out."
-                )
+                raise ValueError(f"{name} must be False, got {flag!r}. There is no such step; leave it out.")
         defaults = {
             "lr": lr, "betas": betas, "alpha": alpha, "geometry": geometry, "difference": difference,
             "noise_every": noise_every, "weight_decay": weight_decay, "nesterov": nesterov, "ns_steps": ns_steps,
@@ -130,12 +127,7 @@ class LANTON(Optimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; its settings are checked before anything is changed.
-
-        Raises:
-            TypeError: if a setting is of another type, or a parameter is complex.
-            ValueError: if a setting is out of range.
-        """
+        """Add a group, or nothing where a setting or a parameter is refused (TypeError, ValueError)."""
         check_settings({**self.defaults, **param_group})
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -196,6 +188,7 @@ class LANTON(Optimizer):
             )
         return layers
 
+    @torch.compiler.disable
     def _admitted(self, found: list[list[_Layer]], policy: NonFinite) -> bool:
         layers = list(chain.from_iterable(found))
         grads = [layer.grad for layer in layers]
@@ -203,9 +196,8 @@ class LANTON(Optimizer):
             return True
         steps = max(group["step"] for group in self.param_groups)
         names = {param: name for name, param in optimizer_rows(self)}
-        return admit(
-            grads, [names[layer.param] for layer in layers], policy=policy, owner="LANTON", step=steps
-        )
+        known = [names[layer.param] for layer in layers]
+        return admit(grads, known, policy=policy, owner="LANTON", step=steps)
 
     def _name(self, param: Tensor) -> str:
         return next(name for name, tensor in optimizer_rows(self) if tensor is param)
@@ -218,9 +210,7 @@ class LANTON(Optimizer):
         for geometry, some in sorts:
             for layer in some:
                 if "momentum_buffer" not in layer.state:
-                    layer.state["momentum_buffer"] = torch.zeros_like(
-                        layer.grad, memory_format=torch.preserve_format
-                    )
+                    layer.state["momentum_buffer"] = torch.zeros_like(layer.grad)
             _descend(group, some, geometry, self._rates(group, some, geometry))
         group["step"] += 1
 
@@ -235,9 +225,7 @@ class LANTON(Optimizer):
         if seen:
             group["measured"] += 1
         if seen and group["alpha"] == "auto" and group["measured"] >= AUTO_AFTER:
-            self._fix_alpha(
-                group, [(g, layers) for g, layers in sorts if g in seen and g not in group["frozen"]]
-            )
+            self._fix_alpha(group, [row for row in sorts if row[0] in seen and row[0] not in group["frozen"]])
         if follows and (step + 1) % every == 0:
             _keep([layer for _, layers in sorts for layer in layers])
 
@@ -256,15 +244,12 @@ class LANTON(Optimizer):
         )
         for layer in known:
             if "noise" not in layer.state:
-                layer.state["noise"] = torch.full(
-                    (), torch.nan, dtype=torch.float32, device=layer.param.device
-                )
+                layer.state["noise"] = noises.unknown(norms.device)
             if group["difference"] == "independent":
                 del layer.state["reference_grad"]
         held = [layer.state["noise"] for layer in known]
-        torch._foreach_copy_(
-            held, list(noises.averaged(torch.stack(held), norms, group["betas"][1]).unbind())
-        )
+        new = noises.averaged(torch.stack(held), norms, group["betas"][1])
+        torch._foreach_copy_(held, list(new.unbind()))
         return True
 
     def _fix_alpha(self, group: dict[str, Any], sorts: list[tuple[Geometry, list[_Layer]]]) -> None:
@@ -306,15 +291,11 @@ class LANTON(Optimizer):
         scale = positive("grad_scale", grad_scale)
         groups = [group for group in self.param_groups if group["difference"] == "independent"]
         if not groups:
-            raise ValueError(
-                "difference must be 'independent' to record gradients, got 'previous'. Build it so."
-            )
+            raise ValueError("difference must be 'independent' to record gradients, got 'previous'.")
         # As if of the other difference: that nothing was recorded yet is no mistake here.
         layers = [layer for g in groups for layer in self._layers({**g, "difference": "previous"})]
         if not layers:
-            raise ValueError(
-                "parameters must have gradients, got none. Call record_independent() after backward()."
-            )
+            raise ValueError("gradients must be there, got none. Call record_independent() after backward().")
         _keep(layers, scale)
 
     def noise(self) -> dict[str, float]:
@@ -371,8 +352,7 @@ class LANTON(Optimizer):
 def _noise(layers: list[_Layer]) -> Tensor:
     """H of some layers [n], NaN where nothing was measured."""
     device = layers[0].param.device
-    unknown = torch.full((), torch.nan, device=device)
-    return torch.stack([layer.state.get("noise", unknown).to(device) for layer in layers])
+    return torch.stack([layer.state.get("noise", noises.unknown(device)).to(device) for layer in layers])
 
 
 def _geometry(group: Mapping[str, Any], param: Tensor) -> Geometry:
@@ -383,7 +363,7 @@ def _keep(layers: list[_Layer], scale: float = 1.0) -> None:
     """Copy the gradients into the second buffer."""
     for layer in layers:
         if "reference_grad" not in layer.state:
-            layer.state["reference_grad"] = torch.empty_like(layer.grad, memory_format=torch.preserve_format)
+            layer.state["reference_grad"] = torch.empty_like(layer.grad)
     held, grads = [layer.state["reference_grad"] for layer in layers], [layer.grad for layer in layers]
     for one, grad in zip(held, grads, strict=True):
         one.copy_(grad)

@@ -15,18 +15,11 @@ from pullback.core.kinds.transform import Parameters
 from pullback.core.norms import whole
 from pullback.core.parameters import named_parameters
 from pullback.core.state import StateError, check_state
-from pullback.methods.lanton.geometry import (
-    GEOMETRIES,
-    Geometry,
-    check_alpha,
-    decay,
-    default_geometry,
-    dual_norms,
-)
+from pullback.methods.lanton import geometry as geo
+from pullback.methods.lanton.geometry import GEOMETRIES, Geometry, default_geometry
 
 Difference: TypeAlias = Literal["previous", "independent"]
 """What a gradient is compared with: that of the step before, or one of another batch at the same weights."""
-DIFFERENCES: tuple[Difference, ...] = ("previous", "independent")
 
 AUTO_SHARE = 0.3
 """``alpha="auto"`` is this share of the median noise of a group."""
@@ -129,7 +122,7 @@ def _geometries(
 def _heads(model: nn.Module, head: Any) -> list[nn.Module]:
     if isinstance(head, str):
         choice("head", head, ("last",), fix="Pass 'last', the module itself, or () for none.")
-        return [module for module in model.modules() if isinstance(module, nn.Linear)][-1:]
+        return [*filter(lambda module: isinstance(module, nn.Linear), model.modules())][-1:]
     return [head] if isinstance(head, nn.Module) else list(head)
 
 
@@ -157,6 +150,11 @@ def multipliers(noise: Tensor, alpha: Tensor | float) -> Tensor:
     return ((square + least) / (square + noise)).nan_to_num(nan=1.0).pow(0.25)
 
 
+def unknown(device: torch.device) -> Tensor:
+    """The noise of a layer without a measurement: NaN, in float32 whatever the dtype of the layer."""
+    return torch.full((), torch.nan, dtype=torch.float32, device=device)
+
+
 def averaged(noise: Tensor, norms: Tensor, beta: float) -> Tensor:
     """H <- beta H + (1 - beta) norm^2, from H = 0 at the first measurement; kept where a norm is not finite."""
     square = norms.to(noise.dtype).square()
@@ -174,16 +172,12 @@ def difference_norms(
 ) -> Tensor:
     """Dual norms of ``grads - others`` [n]; sharded tensors are gathered, so that every rank reads the same."""
     if any(hasattr(grad, "full_tensor") for grad in grads):
-        return dual_norms([whole(g - o) for g, o in zip(grads, others, strict=True)], geometry, **how)
-    return dual_norms(grads, geometry, minus=others, **how)
+        return geo.dual_norms([whole(g - o) for g, o in zip(grads, others, strict=True)], geometry, **how)
+    return geo.dual_norms(grads, geometry, minus=others, **how)
 
 
 def check_gradient(owner: str, name: str, grad: Tensor) -> None:
-    """Refuse gradients that have no dual norm here.
-
-    Raises:
-        TypeError: if it is sparse or complex.
-    """
+    """Refuse a sparse or complex gradient by TypeError: it has no dual norm here."""
     if grad.layout is not torch.strided:
         raise TypeError(
             f"{owner}: the gradient of {name} must be dense, got a sparse one ({grad.layout}). "
@@ -264,8 +258,8 @@ class LayerNoise(Transform):
             self.geometry = {name: group["geometry"] for group in groups for name, _ in group["params"]}
         elif layers is not None:
             self.geometry = {n: choice(f"layers[{n!r}]", g, GEOMETRIES) for n, g in layers.items()}
-        self.beta = decay("beta", beta)
-        self.difference: Difference = choice("difference", difference, DIFFERENCES)
+        self.beta = geo.decay("beta", beta)
+        self.difference: Difference = choice("difference", difference, ("previous", "independent"))
         self.every = integer("every", every, minimum=1)
         self.exact = bool(exact)
         self.measured = 0
@@ -308,20 +302,20 @@ class LayerNoise(Transform):
             )
         scale = positive("grad_scale", grad_scale)
         source: Any = params if isinstance(params, nn.Module | Mapping) else list(params)
-        named = named_parameters(source)
-        rows = {n: p.grad for n, p in named.items() if p.grad is not None and p.numel()}
+        named = named_parameters(source).items()
+        rows = {n: p.grad for n, p in named if p.grad is not None and p.numel()}
         if not rows:
             raise ValueError(
-                f"params must have gradients, got none in {len(named)}. Call it after loss.backward()."
+                f"params must have gradients, got none in {len(named)}. Call it after backward()."
             )
         self._learn(rows)
         self._other = {n: g / scale for n, g in rows.items()}
 
     def _learn(self, rows: Mapping[str, Tensor]) -> None:
         for name, grad in rows.items():
+            check_gradient("LayerNoise", name, grad)
             if name in self._kinds:
                 continue
-            check_gradient("LayerNoise", name, grad)
             if self.geometry is None:
                 self._kinds[name] = default_geometry(grad)
             elif name in self.geometry:
@@ -339,7 +333,7 @@ class LayerNoise(Transform):
                 continue
             others = [self._other[name] for name in names]
             norms = difference_norms([rows[name] for name in names], others, geometry, exact=self.exact)
-            old = [self._noise.get(name, torch.full((), torch.nan, device=norms.device)) for name in names]
+            old = [self._noise.get(name, unknown(norms.device)) for name in names]
             new = averaged(torch.stack(old), norms, self.beta).unbind()
             self._noise.update(zip(names, new, strict=True))
         self.measured += bool(rows)
@@ -366,7 +360,7 @@ class LayerNoise(Transform):
         Raises:
             ValueError: if ``alpha`` is not > 0.
         """
-        given = None if alpha == "auto" else check_alpha(alpha)
+        given = None if alpha == "auto" else geo.check_alpha(alpha)
         rates: dict[str, float] = {}
         for geometry in GEOMETRIES:
             names = [name for name in self._noise if self._kinds[name] == geometry]
@@ -389,7 +383,7 @@ class LayerNoise(Transform):
         }
 
     def check_extra_state(self, state: Mapping[str, Any]) -> None:
-        """Check the parts; their names are whatever was measured."""
+        """Check the parts, whose names are whatever was measured."""
         reference = {"noise": {}, "other": {}, "kinds": {}, "measured": 0}
         check_state(f"{self.name}.state", state, reference, open_keys=("noise", "other", "kinds"))
         unknown = (set(state["noise"]) | set(state["other"])) - set(state["kinds"])
