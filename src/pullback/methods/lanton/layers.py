@@ -44,7 +44,7 @@ def lmo_groups(
 
     Embeddings, also those tied to an output layer, and the head step by signs (norm: largest entry); other matrices
     and kernels by their polar factor (operator norm); all else, such as biases and gains, by the unit vector (root
-    mean square). Leading axes of size 1 do not make a matrix of a vector.
+    mean square). A parameter of your own module does not become a matrix by axes of size 1.
 
     Args:
         model: any module; frozen parameters are left out.
@@ -96,7 +96,9 @@ def _geometries(
                 raise ValueError(
                     f"model must have initialised parameters, got a lazy {type(module).__name__}. Run it once first."
                 )
-            kinds[param] = default_geometry(param.squeeze() if param.numel() else param)
+            loose = not type(module).__module__.startswith("torch.nn")  # [1, 1, d] is no matrix there
+            sizes = [size for size in param.shape if size != 1] if loose else param.shape
+            kinds[param] = "spectral" if len(sizes) >= 2 else "rms"
             if isinstance(module, _EMBEDDINGS):
                 embedded.add(param)
     heads = _heads(model, head)

@@ -30,7 +30,8 @@ def whole(tensor):
 def train(sharded, **settings):
     torch.manual_seed(0)
     # 5 and 1 rows do not divide by 2: the second rank has a smaller shard of the one, and none of the other.
-    net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1), nn.Tanh(), nn.Linear(1, 6), nn.Linear(6, 3)).double()
+    linear = nn.Linear
+    net = nn.Sequential(linear(4, 5), nn.Tanh(), linear(5, 1), nn.Tanh(), linear(1, 6), linear(6, 3)).double()
     data, wanted = torch.randn(8, 8, 4).double(), torch.randn(8, 8, 3).double()
     model = net
     if world > 1 and sharded:
@@ -52,10 +53,12 @@ def train(sharded, **settings):
         loss.backward()
         optimizer.step()
     values = torch.cat([whole(p) for p in net.parameters()])
-    return [values, list(optimizer.noise().values()), list(noise.noise().values()), list(optimizer.layer_rates().values())]
+    found = optimizer.noise(), noise.noise(), optimizer.layer_rates()
+    return [values, *(list(each.values()) for each in found)]
 
 
-torch.save({"ddp": train(False), "fsdp": train(True), "nesterov": train(True, nesterov=True, noise_every=2)}, sys.argv[4])
+runs = {"ddp": train(False), "fsdp": train(True), "nesterov": train(True, nesterov=True, noise_every=2)}
+torch.save(runs, sys.argv[4])
 if world > 1:
     dist.barrier()
     dist.destroy_process_group()
