@@ -17,6 +17,9 @@ from pullback.methods.gcond import MomentumWriter as MomentumWriter
 from pullback.methods.gcond import TaskAccumulator as TaskAccumulator
 from pullback.methods.gradient_noise import GradientNoise as GradientNoise
 from pullback.methods.gradient_noise import add_gradient_noise_ as add_gradient_noise_
+from pullback.methods.lanton import LANTON as LANTON
+from pullback.methods.lanton import LayerNoise as LayerNoise
+from pullback.methods.lanton import lmo_groups as lmo_groups
 from pullback.methods.paced import BetaKernel as BetaKernel
 from pullback.methods.paced import PassRateTracker as PassRateTracker
 from pullback.methods.paced import distillation_loss as distillation_loss
@@ -27,6 +30,7 @@ from pullback.methods.sam_gs import multitask_backward as multitask_backward
 __version__: str
 
 __all__ = [
+    "LANTON",
     "SAMGS",
     "Attachment",
     "BetaKernel",
@@ -37,6 +41,7 @@ __all__ = [
     "GradientConductor",
     "GradientNoise",
     "GradientReversal",
+    "LayerNoise",
     "MomentumWriter",
     "NonFiniteError",
     "PassRateTracker",
@@ -47,6 +52,7 @@ __all__ = [
     "cite",
     "distillation_loss",
     "gradient_snr",
+    "lmo_groups",
     "multitask_backward",
     "proxy_a_distance",
     "schedules",

@@ -283,8 +283,7 @@ def lmo(gradient: Tensor, geometry: Geometry, rule: Length = "spectral_unclamped
         rule: length of spectral steps, see `length`.
 
     Raises:
-        TypeError: if ``gradient`` is no real floating tensor.
-        ValueError: if the geometry is unknown.
+        TypeError, ValueError: if ``gradient`` is no real floating tensor, or the geometry is unknown.
     """
     checks.floating("gradient", gradient)
     if checks.choice("geometry", geometry, GEOMETRIES) == "spectral":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from itertools import chain
-from typing import Any, Literal, NamedTuple, final
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,7 +39,6 @@ class _Layer(NamedTuple):
     geometry: Geometry
 
 
-@final
 class LANTON(Optimizer):
     r"""Norm-constrained steps (Muon, Scion) whose length per layer follows the noise of the layer's gradient.
 

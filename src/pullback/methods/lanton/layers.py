@@ -64,9 +64,7 @@ def lmo_groups(
         ValueError: if nothing is trainable, a parameter has no shape yet, or a head or override lies outside the model.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"model must be an nn.Module, got {shown(model)}. Pass the model whose parameters are trained."
-        )
+        raise TypeError(f"model must be an nn.Module, got {shown(model)}. Pass the model that is trained.")
     kinds = _geometries(model, head, override or {})
     settings = {"hidden": hidden, "embed": embed, "vector": vector}
     groups: list[dict[str, Any]] = []
@@ -153,7 +151,7 @@ def multipliers(noise: Tensor, alpha: Tensor | float) -> Tensor:
 
 
 def unknown(device: torch.device) -> Tensor:
-    """The noise of a layer without a measurement: NaN, in float32 whatever the dtype of the layer."""
+    """The noise of a layer without a measurement, in float32 whatever its dtype."""
     return torch.full((), torch.nan, dtype=torch.float32, device=device)
 
 
