@@ -224,8 +224,7 @@ class LayerNoise(Transform):
         exact: nuclear norms by singular values instead of the estimate.
 
     Raises:
-        TypeError: in a step, if a gradient is sparse or complex.
-        ValueError: if a setting is out of range, or a parameter of the optimizer is not among ``layers``.
+        TypeError, ValueError: if a setting does not fit; in a step, if a gradient or a name does not.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))

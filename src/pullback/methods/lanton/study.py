@@ -104,11 +104,12 @@ class Reader(nn.Module):
             for p in self.parameters():
                 if p.dim() == 2:
                     p.normal_(0.0, 1.0 / math.sqrt(p.shape[1]), generator=stream)
-            for table in (*self.symbols, self.position):  # as large as what the blocks will add
-                table.weight.mul_(math.sqrt(WIDTH))
-            for block in self.blocks:
-                for layer in (block.out, block.down):
-                    layer.weight.div_(math.sqrt(2 * BLOCKS))
+            for part in self.modules():
+                if isinstance(part, Block):
+                    part.out.weight.div_(math.sqrt(2 * BLOCKS))
+                    part.down.weight.div_(math.sqrt(2 * BLOCKS))
+                if isinstance(part, nn.Embedding):  # as large as what the blocks will add
+                    part.weight.mul_(math.sqrt(WIDTH))
             self.head.weight.zero_()
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -254,11 +255,11 @@ PAPER = lab.PaperResult(
 )
 CANNOT = "The speed-up of models of a billion parameters, wall-clock time at scale, and batches of millions of tokens."
 DEVIATIONS = (
-    "160,000 parameters, 360 steps of 8 sequences of 64 characters. Embeddings (of the last three characters), head and "
-    "vectors are trained by AdamW at one rate in all arms, so that only the multipliers of the hidden matrices differ. "
-    "alpha is 0.3 of the median noise, fixed after 20 steps and not tuned (the paper's is unknown); momentum 0.95, "
-    "noise average 0.9, no Nesterov. The rate of every arm is chosen from six by validation loss; AdamW's is a fifth of the "
-    "number shown. Validation and test are other reviews. steps_to_target counts to a validation loss of "
+    "160,000 parameters, 360 steps of 8 sequences of 64 characters. Embeddings (of the last three characters), head "
+    "and vectors are trained by AdamW at one rate in all arms, so that only the multipliers of the hidden matrices "
+    "differ. alpha is 0.3 of the median noise, fixed after 20 steps and not tuned (the paper's is unknown); momentum "
+    "0.95, noise average 0.9, no Nesterov. The rate of every arm is chosen from six by validation loss; AdamW's is a "
+    "fifth of the number shown. Validation and test are other reviews. steps_to_target counts to a validation loss of "
     f"{TARGET} nats, in twentieths of the run, and is the whole run where that is not reached."
 )
 FIGURES = (

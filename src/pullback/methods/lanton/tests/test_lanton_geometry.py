@@ -73,7 +73,7 @@ def test_a_zero_gradient_gives_no_step():
 
 def test_what_has_no_geometry_is_refused():
     with pytest.raises(ValueError, match=r"geometry must be one of 'spectral', .*got 'nuclear'"):
-        geometry.lmo(torch.ones(2, 2), "nuclear")
+        geometry.lmo(torch.ones(2, 2), "nuclear")  # ty: ignore[invalid-argument-type]
     with pytest.raises(TypeError, match="gradient must be a floating tensor"):
         geometry.lmo(torch.ones(2, 2, dtype=torch.int64), "sign")
 

@@ -101,7 +101,7 @@ def test_independent_gradients_follow_the_reference(exactly):
 def test_noise_is_measured_every_k_steps_against_the_step_before():
     params = parameters(((4, 6), (4, 6)))
     optimizer = LANTON(params, lr=0.0, alpha=1.0, betas=(0.9, 0.5), noise_every=3, exact_noise=True)
-    previous, expected = None, [0.0, 0.0]
+    previous, expected = [torch.zeros(())] * 2, [0.0, 0.0]
     for step in range(8):
         give(params, step)
         optimizer.step()

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from pullback.methods.lanton import LANTON
 from pullback.methods.lanton.study import STUDIES, Reader, hidden_optimizer, run, text, windows
 
 
@@ -55,6 +56,7 @@ def test_shuffled_multipliers_are_the_same_numbers_elsewhere():
     for arm in ("lanton", "shuffled"):
         model = Reader(3)
         optimizer = hidden_optimizer(arm, model, 0.0, seed=3)
+        assert isinstance(optimizer, LANTON)
         for step in range(22):
             for i, (_, p) in enumerate(model.named_parameters()):
                 p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * step + i)) * (
