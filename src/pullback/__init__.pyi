@@ -17,6 +17,9 @@ from pullback.methods.gcond import MomentumWriter as MomentumWriter
 from pullback.methods.gcond import TaskAccumulator as TaskAccumulator
 from pullback.methods.gradient_noise import GradientNoise as GradientNoise
 from pullback.methods.gradient_noise import add_gradient_noise_ as add_gradient_noise_
+from pullback.methods.lanton import LANTON as LANTON
+from pullback.methods.lanton import LayerNoise as LayerNoise
+from pullback.methods.lanton import lmo_groups as lmo_groups
 from pullback.methods.nap import Project as Project
 from pullback.methods.nap import insert_norms as insert_norms
 from pullback.methods.paced import BetaKernel as BetaKernel
@@ -36,6 +39,7 @@ from pullback.methods.tract import tract as tract
 __version__: str
 
 __all__ = [
+    "LANTON",
     "SAMGS",
     "Attachment",
     "BetaKernel",
@@ -48,6 +52,7 @@ __all__ = [
     "GradientHistograms",
     "GradientNoise",
     "GradientReversal",
+    "LayerNoise",
     "ModifiedMLP",
     "MomentumWriter",
     "NonFiniteError",
@@ -62,6 +67,7 @@ __all__ = [
     "distillation_loss",
     "gradient_snr",
     "insert_norms",
+    "lmo_groups",
     "multitask_backward",
     "precondition_input",
     "proxy_a_distance",
