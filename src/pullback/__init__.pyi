@@ -7,6 +7,7 @@ from pullback.core.checks import NonFiniteError as NonFiniteError
 from pullback.core.citation import cite as cite
 from pullback.core.clip import ClipGradNorm as ClipGradNorm
 from pullback.core.conflict import ConflictMonitor as ConflictMonitor
+from pullback.methods.curl_descent import CurlDescent as CurlDescent
 from pullback.methods.dann import DomainAdversarialLoss as DomainAdversarialLoss
 from pullback.methods.dann import GradientReversal as GradientReversal
 from pullback.methods.dann import ShallowDANN as ShallowDANN
@@ -33,6 +34,7 @@ __all__ = [
     "ClipGradNorm",
     "ConflictMonitor",
     "ConflictResolver",
+    "CurlDescent",
     "DomainAdversarialLoss",
     "GradientConductor",
     "GradientNoise",
