@@ -265,13 +265,20 @@ def _broadcast(signs: Sequence[Tensor], points: list[Tensor]) -> list[Tensor]:
             "RuleFlip(...).signs(model) makes them."
         )
     for sign, point in zip(given, points, strict=True):
-        fits = isinstance(sign, Tensor) and torch.broadcast_shapes(sign.shape, point.shape) == point.shape
-        if not fits or not bool((sign.abs() == 1).all()):
+        if not _fits(sign, point) or not bool((sign.abs() == 1).all()):
             raise ValueError(
                 f"signs must hold +1 or -1 and broadcast to a parameter of shape {tuple(point.shape)}, "
                 f"got {shown(sign)}. RuleFlip(...).signs(model) makes them."
             )
     return [sign.to(point) for sign, point in zip(given, points, strict=True)]
+
+
+def _fits(sign: object, point: Tensor) -> bool:
+    """Whether a tensor broadcasts to a parameter without making it larger."""
+    if not isinstance(sign, Tensor) or sign.dim() > point.dim():
+        return False
+    trailing = zip(reversed(sign.shape), reversed(point.shape), strict=False)
+    return all(mine in {1, theirs} for mine, theirs in trailing)
 
 
 def _probe(points: list[Tensor], seed: int, probe: int) -> list[Tensor]:
