@@ -170,7 +170,14 @@ def _subtract_(weights: Tensor, gradient: Tensor, factor: Tensor | None, size: f
 
 
 def epochs_to(
-    learner: Learner, points: Points, held: tuple[Points, ...], *, batch: int, epochs: int, goal: float, seed: int
+    learner: Learner,
+    points: Points,
+    held: tuple[Points, ...],
+    *,
+    batch: int,
+    epochs: int,
+    goal: float,
+    seed: int,
 ) -> tuple[Tensor, Tensor]:
     """Train until every student has met the goal on every held-out set, at most ``epochs``.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -43,7 +44,9 @@ def tensors(*arrays):
 @pytest.mark.parametrize("seed", range(4))
 def test_operator_is_the_literal_one(seed):
     w1, w2, d1, d2, _ = network(seed)
-    np.testing.assert_allclose(stability_operator(*tensors(w1, w2, d1, d2)), ref.operator(w1, w2, d1, d2), atol=1e-12)
+    np.testing.assert_allclose(
+        stability_operator(*tensors(w1, w2, d1, d2)), ref.operator(w1, w2, d1, d2), atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("identity", [True, False])
@@ -102,7 +105,11 @@ def test_stability_is_the_lowest_eigenvalue_and_stacks():
 
 
 def test_all_inputs_flipped_is_stable_below_a_quarter():
-    assert ref.lowest_of_random(0.2, 1.0, "hidden", size=900) > 0 > ref.lowest_of_random(0.3, 1.0, "hidden", size=900)
+    assert (
+        ref.lowest_of_random(0.2, 1.0, "hidden", size=900)
+        > 0
+        > ref.lowest_of_random(0.3, 1.0, "hidden", size=900)
+    )
     assert flip_threshold(0.2499, "hidden") == 1.0 > flip_threshold(0.2501, "hidden")
     assert flip_threshold(0.25, "hidden") == pytest.approx(1.0, abs=1e-9)
 
@@ -119,7 +126,9 @@ def test_thresholds_are_those_stored_with_the_official_code(layer, ratio, share)
     assert flip_threshold(ratio, layer) == pytest.approx(share, abs=0.006)
 
 
-@pytest.mark.parametrize(("layer", "ratio"), [("hidden", 0.4), ("hidden", 0.5), ("readout", 0.2), ("readout", 1.0)])
+@pytest.mark.parametrize(
+    ("layer", "ratio"), [("hidden", 0.4), ("hidden", 0.5), ("readout", 0.2), ("readout", 1.0)]
+)
 def test_one_large_random_network_changes_sign_at_the_threshold(layer, ratio):
     share = flip_threshold(ratio, layer)
     assert ref.lowest_of_random(ratio, max(0.0, share - 0.05), layer, size=700) > 0
@@ -199,7 +208,9 @@ def test_toy_net_runs_the_same_with_the_product():
         optimizer.zero_grad()
         (0.5 * (w2(w1(one)) - 1.0).square()).sum().backward()
         optimizer.step()
-    assert (w1.weight.item(), w2.weight.item()) == pytest.approx(ref.toy_orbit(1.5, 0.5, 1.0, 1e-3, 300)[-1], abs=1e-12)
+    assert (w1.weight.item(), w2.weight.item()) == pytest.approx(
+        ref.toy_orbit(1.5, 0.5, 1.0, 1e-3, 300)[-1], abs=1e-12
+    )
     assert conserved_quantities(w1.weight, w2.weight, -torch.ones(1)).item() == pytest.approx(-2.5, abs=0.01)
 
 
@@ -242,7 +253,12 @@ def dense_ratio(model, loss_fn, signs, seed):
     hessian = torch.stack(rows)
     d = torch.diag(torch.cat([s.expand_as(p).flatten() for s, p in zip(signs, params, strict=True)]))
     draws = [generator("curl probe", seed, 0, i) for i in range(len(params))]
-    v = torch.cat([torch.randn(p.shape, generator=g, dtype=p.dtype).flatten() for p, g in zip(params, draws, strict=True)])
+    v = torch.cat(
+        [
+            torch.randn(p.shape, generator=g, dtype=p.dtype).flatten()
+            for p, g in zip(params, draws, strict=True)
+        ]
+    )
     curl = (hessian @ d - d @ hessian) @ v
     return float(curl.norm() / ((hessian @ d @ v).norm() + (d @ hessian @ v).norm()))
 
@@ -262,7 +278,9 @@ def test_curl_agrees_with_finite_differences_of_the_field():
     signs = flip.signs(model)
 
     def field():
-        return torch.cat([(s * g).flatten() for s, g in zip(signs, torch.autograd.grad(loss_fn(), params), strict=True)])
+        return torch.cat(
+            [(s * g).flatten() for s, g in zip(signs, torch.autograd.grad(loss_fn(), params), strict=True)]
+        )
 
     columns, step = [], 1e-5
     for p in params:
@@ -316,6 +334,7 @@ def test_curl_costs_two_products_a_probe_and_leaves_no_trace(monkeypatch):
 # --- refusals --------------------------------------------------------------------------------------------
 
 W1, W2 = torch.ones(3, 2), torch.ones(1, 3)
+UNKNOWN: Any = "input"
 
 
 @pytest.mark.parametrize(
@@ -329,7 +348,7 @@ W1, W2 = torch.ones(3, 2), torch.ones(1, 3)
         (lambda: conserved_quantities(W1, W2, torch.tensor(1.0)), ValueError, "signs_in must hold"),
         (lambda: chaos_order(torch.ones(5)), ValueError, r"path must be \[time, ..., weights\]"),
         (lambda: flip_threshold(0.0, "hidden"), ValueError, "ratio must be > 0, got 0"),
-        (lambda: flip_threshold(1.0, "input"), ValueError, "layer must be one of 'hidden', 'readout'"),
+        (lambda: flip_threshold(1.0, UNKNOWN), ValueError, "layer must be one of 'hidden', 'readout'"),
         (lambda: flip_threshold(1.0, "hidden", balance=-1.0), ValueError, "balance must be > 0"),
     ],
 )  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -12,7 +14,7 @@ from pullback.methods.curl_descent import RuleFlip
 
 STEPS = 3
 WAYS = ("attach", "hook", "rows", "random", "shards", "row shards", "random shards")
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "rows": {"side": "post"},
     "random": {"which": "random"},
     "row shards": {"side": "post"},
