@@ -40,7 +40,7 @@ class Speed:
     """
 
     reset: bool
-    epochs: int = 2000
+    epochs: int = 1500
     stack: int = 8
     points: int = 500
 

@@ -11,7 +11,6 @@ from torch import nn
 from pullback.core.checks import NonFiniteError
 from pullback.methods.curl_descent import RuleFlip
 
-
 Rule: Any = RuleFlip  # wrong types are the point
 
 
