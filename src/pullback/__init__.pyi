@@ -7,7 +7,10 @@ from pullback.core.checks import NonFiniteError as NonFiniteError
 from pullback.core.citation import cite as cite
 from pullback.core.clip import ClipGradNorm as ClipGradNorm
 from pullback.core.conflict import ConflictMonitor as ConflictMonitor
-from pullback.methods.curl_descent import CurlDescent as CurlDescent
+from pullback.methods.curl_descent import RuleFlip as RuleFlip
+from pullback.methods.curl_descent import curl_fraction as curl_fraction
+from pullback.methods.curl_descent import flip_threshold as flip_threshold
+from pullback.methods.curl_descent import solution_stability as solution_stability
 from pullback.methods.dann import DomainAdversarialLoss as DomainAdversarialLoss
 from pullback.methods.dann import GradientReversal as GradientReversal
 from pullback.methods.dann import ShallowDANN as ShallowDANN
@@ -34,7 +37,6 @@ __all__ = [
     "ClipGradNorm",
     "ConflictMonitor",
     "ConflictResolver",
-    "CurlDescent",
     "DomainAdversarialLoss",
     "GradientConductor",
     "GradientNoise",
@@ -42,14 +44,18 @@ __all__ = [
     "MomentumWriter",
     "NonFiniteError",
     "PassRateTracker",
+    "RuleFlip",
     "ShallowDANN",
     "TaskAccumulator",
     "add_gradient_noise_",
     "attach",
     "cite",
+    "curl_fraction",
     "distillation_loss",
+    "flip_threshold",
     "gradient_snr",
     "multitask_backward",
     "proxy_a_distance",
     "schedules",
+    "solution_stability",
 ]

@@ -43,7 +43,11 @@ def survival(result: TrialResult, name: str, *, pair: tuple[str, str], unit: str
             samples = [CensoredData(times[arm][0], right=np.full(times[arm][1], last)) for arm in pair]
             p = logrank(*samples).pvalue
             axes.set_title(f"log-rank test of {pair[0]} against {pair[1]}, all runs: p = {p:.1e}")
-        axes.set(xscale="log", xlabel=unit, ylabel="share not at the goal", ylim=(0, 1.02))
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(
+            lambda value, _: f"{value:g}"
+        )  # the default one writes powers in mathtext
+        axes.set(xlabel=unit, ylabel="share not at the goal", ylim=(0, 1.02))
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 

@@ -35,7 +35,7 @@ from pullback.lab import (
     TrialResult,
     Tune,
 )
-from pullback.lab.data import digits8x8
+from pullback.lab.data import mnist
 from pullback.lab.models import flipped_students as trials
 from pullback.lab.models.flipped_students import Boundary, Layers, Speed, signs
 from pullback.methods.curl_descent.flip import RuleFlip
@@ -131,24 +131,25 @@ def judge(cfg: Boundary, arm: str, hp: Hyperparameters, seed: int, log: Log) -> 
 class DigitNet:
     """One size of the classifier: epochs of training and hidden units."""
 
-    epochs: int = 40
+    epochs: int = 20
     hidden: int = 64
 
 
 @cache
 def digit_parts() -> tuple[tuple[Tensor, Tensor], ...]:
-    """1,000 digits for training, 297 for selection, 500 for the test."""
-    digits = digits8x8()
-    x, y = digits.images.reshape(len(digits.labels), -1).float() / 16, digits.labels.long()
-    return tuple((x[a:b], y[a:b]) for a, b in ((0, 1000), (1000, 1297), (1297, 1797)))
+    """2,000 digits of 14 x 14 pixels for training, 1,000 for selection, 2,000 for the test."""
+    digits = mnist()
+    x = F.avg_pool2d(digits.images[:5000, None].float() / 255, 2).flatten(1)
+    cuts = ((0, 2000), (2000, 3000), (3000, 5000))
+    return tuple((x[a:b], digits.labels[a:b]) for a, b in cuts)
 
 
 def classify(cfg: DigitNet, arm: str, hp: Hyperparameters, seed: int, log: Log) -> Mapping[str, float]:
     """Train a perceptron with the library's own `RuleFlip` attached to SGD."""
     (x, y), validation, test = digit_parts()
-    hidden, readout = nn.Linear(64, cfg.hidden), nn.Linear(cfg.hidden, 10)
+    hidden, readout = nn.Linear(196, cfg.hidden), nn.Linear(cfg.hidden, 10)
     for number, p in enumerate([*hidden.parameters(), *readout.parameters()]):
-        p.data.uniform_(-0.125, 0.125, generator=generator("weights", seed, number))
+        p.data.uniform_(-0.1, 0.1, generator=generator("weights", seed, number))
     model = nn.Sequential(hidden, nn.ReLU(), readout)
     optimizer = torch.optim.SGD(model.parameters(), lr=float(hp["eta"]))
     if arm in {"flip", "flip-half"}:
@@ -201,7 +202,10 @@ def draw_diagrams(result: TrialResult) -> Figure:
         dots = ax.scatter(x, share[:, layer].ravel(), c=left[reset, :, layer].ravel(), cmap="coolwarm", vmin=0,
                           vmax=1, s=24, edgecolors=INK, linewidths=0.3)  # fmt: skip
         ax.plot(fine, [flip_threshold(c, name) for c in fine], color=INK, linewidth=1.6)
-        ax.set(xscale="log", ylim=(-0.03, 1.03), title=f"{name}, {'norms reset' if reset else 'norms free'}")
+        ax.set(xscale="log", ylim=(-0.03, 1.03))
+        ax.set_xticks((0.1, 0.3, 1, 3), labels=("0.1", "0.3", "1", "3"))
+        ax.set_xticks((), minor=True)
+        ax.set(title=f"{name}, {'norms reset' if reset else 'norms free'}")
         ax.set(xlabel="inputs / hidden units" if reset else "", ylabel="" if layer else "share flipped")
     figure.colorbar(dots, ax=axes, label="share of seeds that leave the solution", shrink=0.6)
     return figure
@@ -225,7 +229,7 @@ def draw_settings(result: TrialResult) -> Figure:
         ax.set(xticks=range(len(names)), xticklabels=names)
     axes[0].set(ylabel="log10 test error")
     axes[1].set(ylabel="log10 q")
-    axes[0].legend(ncols=len(result.arms), loc="lower left", bbox_to_anchor=(0, 1))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(result.arms))
     return figure
 
 

@@ -186,6 +186,12 @@ def test_inputs_and_outputs_of_every_layer(name, mask):
     entries = flipped_entries(layer, mask=torch.tensor(mask)).movedim(inputs, 0).flatten(1)
     assert torch.equal(entries.all(1), wanted)
     assert torch.equal(entries.any(1), wanted)
+    layer.weight.grad = torch.randn_like(layer.weight)
+    wanted_grad = torch.where(
+        flipped_entries(layer, mask=torch.tensor(mask)), -layer.weight.grad, layer.weight.grad
+    )
+    RuleFlip(layer, mask=torch.tensor(mask)).update_(layer)
+    assert torch.equal(layer.weight.grad, wanted_grad)
     rows = torch.tensor([*mask, 1, -1])
     entries = flipped_entries(layer, mask=rows, side="post").movedim(outputs, 0).flatten(1)
     assert torch.equal(entries.all(1), rows < 0)

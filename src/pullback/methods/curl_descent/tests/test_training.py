@@ -7,11 +7,54 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pullback import attach
 from pullback.core.frobenius import FrobeniusProjector
+from pullback.core.kinds import StepBatch
 from pullback.methods.curl_descent import RuleFlip
 from pullback.methods.curl_descent.tests.test_flip import OPTIMIZERS, equal, students, train, updates
+
+# --- cost ----------------------------------------------------------------------------------------------
+
+
+class Seen(TorchDispatchMode):
+    """Names of the operations and the entries of what they make."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.names, self.largest, self.known = [], 0, known
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.names.append(func.overloadpacket.__name__)
+        if isinstance(out, torch.Tensor) and out.untyped_storage().data_ptr() not in self.known:
+            self.largest = max(self.largest, out.numel())
+        return out
+
+
+@pytest.mark.parametrize(
+    ("settings", "ops"),
+    [
+        ({"fraction": 0.1}, ["slice", "_foreach_neg_"]),
+        ({"fraction": 0.5, "which": "random"}, ["mul_"]),
+        ({"fraction": 0.0}, []),
+    ],
+)
+def test_a_flip_is_one_operation_in_place_without_a_dense_matrix(settings, ops):
+    layer = nn.Linear(200, 300, bias=False)
+    layer.weight.grad = torch.ones_like(layer.weight)
+    rule = RuleFlip(layer, **settings)
+    batch = StepBatch([layer.weight], [layer.weight.grad], ["w"], [0], [{"params": [layer.weight]}], 0)
+    seen = Seen({layer.weight.grad.untyped_storage().data_ptr()})
+    with seen:
+        rule.pre_step_(batch)
+    assert seen.largest <= 200  # a vector of signs at most, made once
+    seen.names.clear()
+    with torch.no_grad(), seen:
+        rule.pre_step_(batch)
+    assert seen.names == ops
+
 
 # --- norms -----------------------------------------------------------------------------------------------
 
