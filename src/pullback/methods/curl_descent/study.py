@@ -192,8 +192,7 @@ def draw_diagrams(result: TrialResult) -> Figure:
     if not cells:
         return figure
     left = np.mean([c.arrays["left"] for c in cells], axis=0)
-    share = cells[0].arrays["share"]
-    ratios = Boundary().ratios[: len(share)]
+    share, ratios = cells[0].arrays["share"], Boundary().ratios[: len(cells[0].arrays["share"])]
     fine = np.geomspace(ratios[0], ratios[-1], 200)
     for number, ax in enumerate(axes):
         reset, layer = divmod(number, 2)
@@ -203,8 +202,8 @@ def draw_diagrams(result: TrialResult) -> Figure:
                           vmax=1, s=24, edgecolors=INK, linewidths=0.3)  # fmt: skip
         ax.plot(fine, [flip_threshold(c, name) for c in fine], color=INK, linewidth=1.6)
         ax.set(xscale="log", ylim=(-0.03, 1.03))
-        ax.set_xticks((0.1, 0.3, 1, 3), labels=("0.1", "0.3", "1", "3"))
-        ax.set_xticks((), minor=True)
+        ax.set_xticks((0.1, 0.3, 1, 3), labels=("0.1", "0.3", "1", "3"), minor=False)
+        ax.minorticks_off()
         ax.set(title=f"{name}, {'norms reset' if reset else 'norms free'}")
         ax.set(xlabel="inputs / hidden units" if reset else "", ylabel="" if layer else "share flipped")
     figure.colorbar(dots, ax=axes, label="share of seeds that leave the solution", shrink=0.6)
@@ -227,8 +226,7 @@ def draw_settings(result: TrialResult) -> Figure:
                 ax.plot(x + 0.14 * (place - 2), y, "o", markersize=3, color=colours[arm.name], label=arm.name)
         names = [f"{'tanh' if s.tanh else 'linear'}\n{s.inputs}-{s.hidden}" for s in Layers(True).shapes]
         ax.set(xticks=range(len(names)), xticklabels=names)
-    axes[0].set(ylabel="log10 test error")
-    axes[1].set(ylabel="log10 q")
+        ax.set(ylabel={"log_error": "log10 test error", "log_q": "log10 q"}[name])
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(result.arms))
     return figure
 
