@@ -7,6 +7,10 @@ from pullback.core.checks import NonFiniteError as NonFiniteError
 from pullback.core.citation import cite as cite
 from pullback.core.clip import ClipGradNorm as ClipGradNorm
 from pullback.core.conflict import ConflictMonitor as ConflictMonitor
+from pullback.methods.curl_descent import RuleFlip as RuleFlip
+from pullback.methods.curl_descent import curl_fraction as curl_fraction
+from pullback.methods.curl_descent import flip_threshold as flip_threshold
+from pullback.methods.curl_descent import solution_stability as solution_stability
 from pullback.methods.dann import DomainAdversarialLoss as DomainAdversarialLoss
 from pullback.methods.dann import GradientReversal as GradientReversal
 from pullback.methods.dann import ShallowDANN as ShallowDANN
@@ -58,13 +62,16 @@ __all__ = [
     "NonFiniteError",
     "PassRateTracker",
     "Project",
+    "RuleFlip",
     "ShallowDANN",
     "TaskAccumulator",
     "TrAct",
     "add_gradient_noise_",
     "attach",
     "cite",
+    "curl_fraction",
     "distillation_loss",
+    "flip_threshold",
     "gradient_snr",
     "insert_norms",
     "lmo_groups",
@@ -72,6 +79,7 @@ __all__ = [
     "precondition_input",
     "proxy_a_distance",
     "schedules",
+    "solution_stability",
     "tract",
     "weight_matrices",
 ]
