@@ -195,7 +195,9 @@ class FrobeniusProjector(Transform):
     def _planned(self, blocks: Sequence[int]) -> list[Bucket]:
         """The buckets of these blocks, kept until another set, device or dtype is asked for."""
         tensors = self._tensors
-        key = (tuple(blocks), [(tensor.device, tensor.dtype, tensor.requires_grad) for tensor in tensors])
+        # Cheap to compare, as this is asked for in every step: a moved or converted model needs another plan.
+        parts = [tensors[i].requires_grad for block in self._blocks if len(block) > 1 for i in block]
+        key = ([*blocks], [t.dtype for t in tensors], [t.get_device() for t in tensors], parts)
         if self._plan is None or self._plan[0] != key:
             self._count()
             rows = [(b, [tensors[i] for i in self._blocks[b]]) for b in blocks]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
@@ -183,7 +184,7 @@ def buckets(rows: Iterable[tuple[int, list[Tensor]]], rho: Sequence[Tensor] | No
 
 
 class Bucket:
-    """Blocks of one device, dtype and sharding: their norms in one vector, their factors in another.
+    """Blocks of one device, dtype and sharding: all their norms in one vector, all their factors in another.
 
     Attributes:
         blocks: numbers of the blocks.
@@ -203,27 +204,37 @@ class Bucket:
         self._half = first.dtype.itemsize < 4
         device = local_of(first).device
         self.left = torch.zeros(len(rows), dtype=torch.int64, device=device)
-        self._member: Tensor | None = None  # by tensor, the place of its block
-        if len(self._tensors) > len(rows):
-            place = [i for i, block in enumerate(self._parts) for _ in block]
-            self._member = torch.tensor(place, device=device)
+        self._sizes = [len(block[0]) if per == "row" else 1 for block in self._parts]
+        self._member = self._owner = None
+        if per == "row":  # by norm, the place of its block
+            self._owner = _places(self._sizes, device)
+        elif len(self._tensors) > len(rows):  # by tensor, the place of its block
+            self._member = _places([len(block) for block in self._parts], device)
         if rho is not None:
-            wanted = [rho[number].to(device=device, dtype=self._dtype) for number in self.blocks]
-            self._rho = [torch.stack(wanted)] if per == "tensor" else wanted
-        self._ratios: list[Tensor] = []
-        self._good: list[Tensor] = []
+            wanted = [rho[number].reshape(-1).to(device=device, dtype=self._dtype) for number in self.blocks]
+            self._rho = torch.cat(wanted)
+            self._ratio = torch.ones_like(self._rho)
+            self._bad = torch.zeros_like(self._rho, dtype=torch.bool)
+            self._factors = self._views()
+
+    def _views(self) -> list[Tensor]:
+        """For every tensor its part of the vector of factors, in a shape that multiplies it."""
+        if self._per == "tensor":
+            pairs = zip(self._ratio.unbind(), self._parts, strict=True)
+            return [factor for factor, block in pairs for _ in block]
+        pairs = zip(self._ratio.split(self._sizes), self._parts, strict=True)
+        return [factor.view(-1, *[1] * (t.dim() - 1)) for factor, block in pairs for t in block]
 
     def norms(self) -> list[Tensor]:
         """Norm of every block, 0-dim or [rows]."""
-        return list(self._vector().unbind()) if self._per == "tensor" else self._per_row()
-
-    def _per_row(self) -> list[Tensor]:
-        return [_row_norm(block) for block in self._parts]
+        found = self._vector()
+        return list(found.unbind() if self._per == "tensor" else found.split(self._sizes))
 
     def _vector(self) -> Tensor:
-        """Norm of every block in one vector; of shards that of the whole."""
-        locals_ = self._tensors if self._sharding is None else [local_of(tensor) for tensor in self._tensors]
-        norms = torch.stack(torch._foreach_norm(locals_, 2.0, dtype=self._dtype))
+        """All norms in one vector; of shards those of the whole."""
+        if self._per == "row":
+            return torch.cat([_row_norm(block) for block in self._parts])
+        norms = torch.stack(torch._foreach_norm(self._local(), 2.0, dtype=self._dtype))
         if self._sharding is not None:
             mesh, cut = self._sharding
             for dim in cut:
@@ -234,45 +245,40 @@ class Bucket:
             return norms
         return norms.new_zeros(len(self.blocks)).index_add(0, self._member, norms.square()).sqrt()
 
+    def _local(self) -> list[Tensor]:
+        return self._tensors if self._sharding is None else [local_of(tensor) for tensor in self._tensors]
+
     def measure(self) -> None:
-        """Find the factor of every block; 1 where there is none or, in half precision, where it is nearly 1."""
-        norms = [self._vector()] if self._per == "tensor" else self._per_row()
-        self._ratios, self._good = [], []
-        for norm, rho in zip(norms, self._rho, strict=True):
-            ratio = rho / norm
-            good = torch.isfinite(norm) & torch.isfinite(ratio)
-            keep = ~good | ((ratio - 1).abs() < HALF_TOLERANCE) if self._half else ~good
-            self._ratios.append(ratio.masked_fill_(keep, 1.0))
-            self._good.append(good)
+        """Find all factors; 1 where there is none or, in half precision, where it is nearly 1."""
+        ratio = torch.div(self._rho, self._vector(), out=self._ratio)
+        # A norm that is zero, infinite or NaN gives a ratio that is infinite, zero or NaN.
+        self._bad = ((ratio > 0) & (ratio < math.inf)).logical_not_()
+        keep = self._bad | ((ratio - 1).abs() < HALF_TOLERANCE) if self._half else self._bad
+        ratio.masked_fill_(keep, 1.0)
 
     def troubled(self) -> list[int]:
         """Numbers of the blocks of which something is about to be left alone: one read by the host."""
-        bad = self._bad() > 0
-        return [number for number, wrong in zip(self.blocks, bad.tolist(), strict=True) if wrong]
+        parts = self._bad.tolist() if self._owner is None else self._counts().tolist()
+        return [number for number, wrong in zip(self.blocks, parts, strict=True) if wrong]
 
-    def _bad(self) -> Tensor:
-        if self._per == "tensor":
-            return (~self._good[0]).to(torch.int64)
-        return torch.stack([(~good).sum() for good in self._good])
+    def _counts(self) -> Tensor:
+        """By block, how many of its norms are zero or not finite."""
+        if self._owner is None:
+            return self._bad.to(torch.int64)
+        return torch.zeros_like(self.left).index_add_(0, self._owner, self._bad.to(torch.int64))
 
     def rescale_(self) -> None:
         """Multiply every tensor by the factor of its block, and count those that are left alone."""
-        self.left += self._bad()
-        factors = self._factors()
-        tensors = self._tensors if self._sharding is None else [local_of(tensor) for tensor in self._tensors]
-        if self._half:  # a product with a factor of the tensor's own precision would round the factor first
-            for tensor, factor in zip(tensors, factors, strict=True):
-                tensor.copy_(tensor.to(self._dtype).mul_(factor))
-        elif self._per == "tensor":
-            torch._foreach_mul_(tensors, factors)
-        else:
-            for tensor, factor in zip(tensors, factors, strict=True):
-                tensor.mul_(factor)
+        self.left.add_(self._counts())
+        tensors = self._local()
+        if not self._half:
+            torch._foreach_mul_(tensors, self._factors)
+            return
+        # A product with a factor of the tensor's own precision would round the factor first.
+        for tensor, factor in zip(tensors, self._factors, strict=True):
+            tensor.copy_(tensor.to(self._dtype).mul_(factor))
 
-    def _factors(self) -> list[Tensor]:
-        """The factor of every tensor, in a shape that multiplies it."""
-        if self._per == "tensor":
-            ratio = self._ratios[0]
-            return list((ratio if self._member is None else ratio[self._member]).unbind())
-        rows = zip(self._parts, self._ratios, strict=True)
-        return [ratio.view(-1, *[1] * (tensor.dim() - 1)) for block, ratio in rows for tensor in block]
+
+def _places(counts: Sequence[int], device: torch.device) -> Tensor:
+    """0 as often as the first count says, then 1, and so on."""
+    return torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(device)

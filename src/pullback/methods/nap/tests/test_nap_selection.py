@@ -121,6 +121,25 @@ def test_one_value_into_two_nonlinearities_gets_one_norm():
     assert list(Project(net).layers) == ["up"]
 
 
+def test_a_value_that_goes_elsewhere_too_is_normalised_for_the_nonlinearity_alone():
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 2)
+
+        def forward(self, x):
+            h = self.a(x)
+            return self.b(torch.relu(h) + h)
+
+    torch.manual_seed(0)
+    plain = Residual()
+    net = insert_norms(plain, eps=0.0)
+    x = torch.randn(6, 4)
+    h = plain.a(x)
+    torch.testing.assert_close(net(x), plain.b(torch.relu(F.layer_norm(h, (8,), eps=0.0)) + h))
+    assert "a.bias" in dict(net.named_parameters())
+
+
 def test_training_mode_dtype_and_state_names_are_kept():
     plain = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).double().eval()
     net = insert_norms(plain, affine=True)
