@@ -107,14 +107,14 @@ def test_functional_transforms_and_batched_gradients():
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_compiles_as_one_graph_and_follows_the_context():
-    factor = torch.tensor(2.0, dtype=torch.float64)
+    factor = torch.full((4,), 2.0, dtype=torch.float64)  # wider than x
 
     def loss(v):
         return cost(edit_gradient(v, partial(scaled, power=2), factor) * 2.0)
 
     torch._dynamo.reset()
     compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
-    x = draw(4).requires_grad_()
+    x = draw(4).float().requires_grad_()
     for value in (2.0, -0.5):
         factor.fill_(value)
         torch.testing.assert_close(torch.autograd.grad(compiled(x), x)[0], torch.autograd.grad(loss(x), x)[0])

@@ -44,8 +44,7 @@ class _Edited(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        # The cast matters where the context is wider than the gradient; without it autograd would refuse.
-        back = ctx.edit(grad, *ctx.saved_tensors).to(grad.dtype)
+        back = ctx.edit(grad, *ctx.saved_tensors)  # autograd casts it to the dtype of x
         return back, None, *(None,) * ctx.others
 
 
