@@ -306,6 +306,7 @@ def test_convolution_kernels_scalars_and_empty_parameters():
         optimizer.zero_grad()
         model(x.contiguous(memory_format=torch.channels_last)).square().mean().backward()
         for p, q in zip(kernels, flat, strict=True):
+            assert p.grad is not None
             q.grad = p.grad.flatten(1).clone()
         before = model.scalar.item()
         optimizer.step()
