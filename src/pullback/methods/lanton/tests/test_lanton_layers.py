@@ -275,3 +275,33 @@ def test_names_and_gradients_that_do_not_fit_are_refused():
                 "state": {"noise": {"x": torch.ones(())}, "other": {}, "kinds": {}, "measured": 0},
             }
         )
+
+
+# --- gradients that come in parts, and the one kept from the step before -----------------------------------
+
+
+def test_accumulated_gradients_are_measured_as_a_whole():
+    found = []
+    for parts in (1, 4):
+        model = network()
+        optimizer = LANTON(lmo_groups(model), lr=0.0, alpha=0.01)
+        for step in range(4):
+            optimizer.zero_grad()
+            for rows in batch(step).chunk(parts):
+                (model(rows).square().mean() / parts).backward()
+            optimizer.step()
+        found.append(optimizer.noise())
+    assert found[0] == pytest.approx(found[1], rel=1e-2)
+
+
+def test_without_the_gradient_of_the_step_before_the_run_is_another():
+    noises = []
+    for forget in (False, True):
+        model = network()
+        optimizer = LANTON(lmo_groups(model), alpha=0.01)
+        train(model, optimizer, range(3))
+        for state in optimizer.state.values() if forget else ():
+            state["reference_grad"].zero_()
+        train(model, optimizer, [3])
+        noises.append(optimizer.noise())
+    assert all(noises[0][name] != noises[1][name] for name in noises[0])
