@@ -14,7 +14,11 @@ class Optimizer(torch.optim.Optimizer):
     Being a real torch optimizer, a member works with schedulers, ``GradScaler``, trainers and checkpoints.
     Counters and settings belong into ``param_groups`` and tensors into ``state[parameter]``, so that both
     survive a distributed checkpoint.
+
+    Attributes:
+        decoupled_weight_decay: whether weight decay shrinks parameters apart from the gradient.
     """
 
     kind: ClassVar[str] = "optimizer"
     refuses: ClassVar[Mapping[str, str]] = {}
+    decoupled_weight_decay: ClassVar[bool] = False

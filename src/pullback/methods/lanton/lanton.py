@@ -90,6 +90,8 @@ class LANTON(Optimizer):
         >>> optimizer.step()
     """
 
+    decoupled_weight_decay = True
+
     def __init__(
         self,
         params: Any,

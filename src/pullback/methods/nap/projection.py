@@ -145,7 +145,9 @@ class Project(FrobeniusProjector):
             decay = group.get("weight_decay", 0.0)
             if not decay or mine.isdisjoint(group["params"]):
                 continue
-            decoupled = group.get("decoupled_weight_decay") or type(optimizer).__name__ in {"AdamW", "Muon"}
+            known = type(optimizer).__name__ in {"AdamW", "Muon"}
+            own = getattr(optimizer, "decoupled_weight_decay", known)
+            decoupled = group.get("decoupled_weight_decay", own)
             head = f"weight_decay must be 0 for projected tensors, got {decay} in group {number} of "
             fix = "Give them a group of their own with weight_decay=0."
             if not decoupled:
