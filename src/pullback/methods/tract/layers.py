@@ -133,7 +133,7 @@ class TrActHandle:
         """
         layer: Any = self.layer
         weight = layer.weight
-        if not (self.signal.enabled and layer.training and weight.requires_grad and torch.is_grad_enabled()):
+        if not (self.signal.enabled and layer.training):
             return weight
         return self.signal.edited(check_plain("weight", weight), check_plain("input", x), samples)
 

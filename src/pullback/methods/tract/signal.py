@@ -62,7 +62,7 @@ def precondition_input(
 
 def preconditioned(weight: Tensor, x: Tensor, lam: Tensor, samples: Samples, process_group: Any) -> Tensor:
     """The edit itself, nothing checked; a weight that gets no gradient passes as it is and keeps nothing."""
-    if not weight.requires_grad:
+    if not (weight.requires_grad and torch.is_grad_enabled()):
         return weight
     if process_group is not None and torch.compiler.is_compiling():
         raise RuntimeError(

@@ -179,6 +179,14 @@ def test_a_frozen_weight_costs_nothing_and_can_thaw():
     assert layer.weight.grad is not None
 
 
+def test_a_weight_that_gets_no_gradient_passes_as_it_is():
+    weight, x = torch.randn(3, 4), torch.randn(9, 4, requires_grad=True)
+    assert precondition_input(weight, x) is weight
+    with torch.no_grad():
+        assert precondition_input(weight.requires_grad_(), x) is weight
+    assert precondition_input(weight, x) is not weight
+
+
 @pytest.mark.parametrize("layer", [nn.Linear(4, 3), nn.Conv2d(4, 3, 2), nn.Conv1d(4, 2, 3, groups=2)])
 def test_an_empty_batch_gives_zeros(layer):
     shape = {nn.Linear: (0, 4), nn.Conv2d: (0, 4, 5, 5), nn.Conv1d: (0, 4, 5)}[type(layer)]
