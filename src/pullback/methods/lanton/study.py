@@ -105,6 +105,8 @@ class Reader(nn.Module):
                 if p.dim() == 2:
                     p.normal_(0.0, 1.0 / math.sqrt(p.shape[1]), generator=stream)
             for part in self.modules():
+                if isinstance(part, nn.Linear) and part.bias is not None:
+                    part.bias.zero_()
                 if isinstance(part, Block):
                     part.out.weight.div_(math.sqrt(2 * BLOCKS))
                     part.down.weight.div_(math.sqrt(2 * BLOCKS))
