@@ -166,7 +166,9 @@ class Project(FrobeniusProjector):
     def _pull(self, batch: StepBatch) -> None:
         rows: dict[float, list[Tensor]] = {0.0: [], 1.0: []}
         for param, name in zip(batch.params, batch.names, strict=True):
-            target = self._soft.get(param, self._targets.get(name) if self._strange else None)
+            target = self._soft.get(param)
+            if target is None and self._strange and name in self._targets:
+                target = self._soft[param] = self._targets[name]
             if target is not None:
                 rows[target].append(param)
         for target, params in rows.items():
