@@ -11,7 +11,6 @@ from typing import Any
 from pullback.lab.cli import places
 from pullback.lab.cli.running import UsageError
 from pullback.lab.cli.terminal import say
-from pullback.lab.engine import studies_of
 from pullback.lab.engine.reference import nearest
 from pullback.lab.evidence import export_room
 from pullback.lab.result import TrialResult
@@ -44,7 +43,7 @@ def export(rooms: Sequence[str], *, form: str, to: Path, out: Path) -> int:
         )
     with Store(places.store_path(out), read_only=True) as store:
         for room in rooms or known:
-            say(export_room(store, room, to, order=[study.name for study in studies_of(room)]))
+            say(export_room(store, room, to, order=places.declared_names(room)))
     return 0
 
 

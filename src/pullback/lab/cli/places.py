@@ -52,15 +52,18 @@ def stored(out: Path) -> Results:
 
 def declared_order(room: str | None, results: list[TrialResult]) -> list[TrialResult]:
     """Results of a room in the order in which its studies are declared, the main one first."""
+    names = [] if room is None else declared_names(room)
+    return sorted(results, key=lambda r: names.index(r.name) if r.name in names else len(names))
+
+
+def declared_names(room: str) -> list[str]:
+    """Names of a room's studies in the order of their declaration; none of a room that is not installed any more."""
     from pullback.lab.engine import TrialError, studies_of
 
-    if room is None:
-        return results
     try:
-        names = [study.name for study in studies_of(room)]
-    except TrialError:  # a room that is not installed any more: what it measured stays readable
-        return results
-    return sorted(results, key=lambda r: names.index(r.name) if r.name in names else len(names))
+        return [study.name for study in studies_of(room)]
+    except TrialError:  # what such a room measured stays readable
+        return []
 
 
 def drawings(refs: Sequence[StudyRef]) -> Drawings:
