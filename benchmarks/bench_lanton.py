@@ -40,7 +40,7 @@ def beside_muon(width: int, blocks: int, repeats: int) -> list[Row]:
     muon = torch.optim.Muon(matrices(width, blocks), nesterov=False, weight_decay=0.0)
     what = f"LANTON step, {6 * blocks} matrices, width {width}"
     rows = []
-    for every, bound in ((None, 1.0), (4, 1.25), (1, 1.6)):
+    for every, bound in ((None, 1.15), (4, 1.25), (1, 1.6)):
         mine = LANTON(matrices(width, blocks), noise_every=every, alpha=0.1)
         pair = steps(mine, 4), steps(muon, 4)
         note = (
