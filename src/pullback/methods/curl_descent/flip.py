@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeAlias, final
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, final
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ class FlipHandle:
         if self._rule._hooked is self:
             self._rule._hooked = None
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> FlipHandle:
         return self
 
     def __exit__(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, Self, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -296,7 +296,7 @@ class WeightedLosses(Objective):
         return total
 
     @contextmanager
-    def frozen(self) -> Generator[Self]:
+    def frozen(self) -> Generator[WeightedLosses]:
         """Within this block the weights stay and no step is counted; for closures and for evaluation."""
         self._frozen += 1
         try:
@@ -359,7 +359,7 @@ class WeightedLosses(Objective):
                 return f"{type(self).__name__}.{key} must be {value}, got {saved}. Declare the same losses."
         return ""
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WeightedLosses:
         # model.half() must not round the weights: they follow the device, and the dtype from float32 upwards only.
         before = {name: each for name, each in self.named_buffers(recurse=False) if each.is_floating_point()}
         super()._apply(fn, recurse)
