@@ -172,5 +172,8 @@ def test_weight_decay_on_other_tensors_or_allowed_is_fine():
     allowed = torch.optim.Adam(other.parameters(), lr=0.1, weight_decay=0.01)
     attach(allowed, Project(other, weight_decay="allow"))
     for model, each in ((net, optimizer), (other, allowed)):
+        before = [p.detach().clone() for p in model.parameters()]
         model(torch.ones(2, 4)).sum().backward()
-        each.step()
+        each.step()  # a warning would be an error here
+        assert any(not torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+        assert torch.allclose(model[0].weight.norm(), before[0].norm())
