@@ -30,6 +30,7 @@ from pullback.methods.paced import BetaKernel as BetaKernel
 from pullback.methods.paced import PassRateTracker as PassRateTracker
 from pullback.methods.paced import distillation_loss as distillation_loss
 from pullback.methods.paced import gradient_snr as gradient_snr
+from pullback.methods.peri_ln import PeriLn as PeriLn
 from pullback.methods.pinn_annealing import GradientAnnealing as GradientAnnealing
 from pullback.methods.pinn_annealing import GradientHistograms as GradientHistograms
 from pullback.methods.pinn_annealing import ModifiedMLP as ModifiedMLP
@@ -61,6 +62,7 @@ __all__ = [
     "MomentumWriter",
     "NonFiniteError",
     "PassRateTracker",
+    "PeriLn",
     "Project",
     "RuleFlip",
     "ShallowDANN",
