@@ -205,7 +205,7 @@ def convert_norm_placement(
         added += new
         dropped += old
     added += [] if table is None else table.apply()
-    added += _end_stacks(model, work) if final_norm else []
+    added += _end_stacks(model, work, final_norm)
     return NormReport(
         converted=len(blocks),
         sublayers=sum(len(block.branches) for block in blocks),
@@ -349,16 +349,21 @@ class _Embedding:
         return [f"{self.path}.norm_out"]
 
 
-def _end_stacks(model: nn.Module, work: list[_Sublayers]) -> list[str]:
-    """Give torch's stacks without a final norm one, where their layers were converted."""
+def _end_stacks(model: nn.Module, work: list[_Sublayers], final_norm: bool) -> list[str]:
+    """Keep torch's stacks of converted layers off nested tensors, and give those without a final norm one."""
     norms: Mapping[int, nn.Module] = {id(each.block.module): each.norms[0] for each in work}
     added = []
     for name, stack in model.named_modules():
-        if isinstance(stack, nn.TransformerEncoder | nn.TransformerDecoder) and stack.norm is None:
-            inside = [norms[id(layer)] for layer in stack.layers if id(layer) in norms]
-            if inside:
-                stack.norm = twin_norm(inside[-1], 1.0)
-                added.append(f"{name}.norm".lstrip("."))
+        if not isinstance(stack, nn.TransformerEncoder | nn.TransformerDecoder):
+            continue
+        inside = [norms[id(layer)] for layer in stack.layers if id(layer) in norms]
+        if inside and isinstance(stack, nn.TransformerEncoder):
+            stack.enable_nested_tensor = stack.use_nested_tensor = (
+                False  # decided for the layers as they were
+            )
+        if inside and stack.norm is None and final_norm:
+            stack.norm = twin_norm(inside[-1], 1.0)
+            added.append(f"{name}.norm".lstrip("."))
     return added
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any, Literal, TypeAlias
 
@@ -154,9 +155,11 @@ def refuse_zero(name: str, module: nn.Module) -> None:
 class SelfAttention(nn.Module):
     """Multi-head self-attention [..., t, dim] -> [..., t, dim] with one matrix for queries, keys and values."""
 
-    def __init__(self, dim: int, heads: int, *, bias: bool = False, causal: bool = False) -> None:
+    def __init__(
+        self, dim: int, heads: int, *, bias: bool = False, causal: bool = False, fused: bool = True
+    ) -> None:
         super().__init__()
-        self.heads, self.causal = heads, causal
+        self.heads, self.causal, self.fused = heads, causal, fused
         self.qkv, self.out = nn.Linear(dim, 3 * dim, bias=bias), nn.Linear(dim, dim, bias=bias)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -164,13 +167,28 @@ class SelfAttention(nn.Module):
         width = x.shape[-1] // self.heads
         split = self.qkv(x).unflatten(-1, (3, self.heads, width)).movedim(-3, 0).transpose(-2, -3)
         query, key, value = split.unbind(0)
-        if mask is not None and self.causal:
+        if self.causal and (mask is not None or not self.fused):
             past = torch.ones(x.shape[-2], x.shape[-2], dtype=torch.bool, device=x.device).tril()
-            mask = mask & past if mask.dtype == torch.bool else mask.masked_fill(~past, -torch.inf)
-        mixed = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=self.causal and mask is None
-        )
+            if mask is None:
+                mask = past
+            else:
+                mask = mask & past if mask.dtype == torch.bool else mask.masked_fill(~past, -torch.inf)
+        if self.fused:
+            causal = self.causal and mask is None
+            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
+        else:
+            mixed = _attend(query, key, value, mask)
         return self.out(mixed.transpose(-2, -3).flatten(-2))
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention written out; a query that may look at no key gets zeros, as in the fused kernel."""
+    scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        blind = torch.isneginf(scores).all(-1, keepdim=True)
+        return scores.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0) @ value
+    return scores.softmax(-1) @ value
 
 
 class FeedForward(nn.Sequential):
@@ -197,6 +215,7 @@ class PeriNormBlock(Layer):
         dropout: rate on what each sub-layer adds, after its output norm.
         bias: whether linear layers have biases. The exact scale invariance of `PeriNorm` needs none in the last one.
         causal: whether a token sees only itself and earlier ones.
+        fused: use torch's fused attention. False writes it out: slower, but second derivatives and ``vmap`` work.
 
     Raises:
         TypeError: if an argument has a wrong type.
@@ -220,6 +239,7 @@ class PeriNormBlock(Layer):
         dropout: float = 0.0,
         bias: bool = False,
         causal: bool = False,
+        fused: bool = True,
     ) -> None:
         super().__init__()
         integer("dim", dim, minimum=1)
@@ -233,7 +253,7 @@ class PeriNormBlock(Layer):
                 branch, dim, norm=norm, placement=placement, gain_init=gain_init, eps=eps, dropout=dropout
             )
 
-        self.attention = wrapped(SelfAttention(dim, heads, bias=bias, causal=causal))
+        self.attention = wrapped(SelfAttention(dim, heads, bias=bias, causal=causal, fused=fused))
         self.feedforward = wrapped(FeedForward(dim, inner, bias=bias))
 
     @property

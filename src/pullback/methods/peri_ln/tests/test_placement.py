@@ -1,0 +1,417 @@
+"""The sub-layer and the block against literal transcriptions, the closed forms of section 3, and refusals."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional
+
+from pullback.core.norm_layers import is_norm, twin_norm
+from pullback.methods.peri_ln import PLACEMENTS, PeriNorm, PeriNormBlock, norm_param_groups
+from pullback.methods.peri_ln.tests import reference
+
+
+def seeded(seed=0):
+    torch.manual_seed(seed)
+
+
+def shaken(module):
+    """Random gains and shifts, so that no norm is at its start."""
+    with torch.no_grad():
+        for p in module.parameters():
+            if p.dim() == 1:
+                p.add_(0.3 * torch.randn_like(p))
+    return module.double()
+
+
+def norm_of(module):
+    if module is None:
+        return None
+    if isinstance(module, nn.LayerNorm):
+        return lambda x: reference.layer_norm(x, module.weight.tolist(), module.bias.tolist(), module.eps)
+    return lambda x: reference.rms_norm(x, module.weight.tolist(), module.eps)
+
+
+def literal(block, tokens):
+    """The reference's block on tokens [t][d] with the weights of ours."""
+    attention, feedforward = block.attention, block.feedforward
+    mix, feed = attention.module, feedforward.module
+
+    def attend(rows):
+        return reference.attention(
+            rows, mix.qkv.weight.tolist(), mix.out.weight.tolist(), mix.heads, mix.causal
+        )
+
+    def forward(rows):
+        return [
+            reference.linear(
+                reference.gelu(reference.linear(x, feed[0].weight.tolist())), feed[2].weight.tolist()
+            )
+            for x in rows
+        ]
+
+    for part, branch in ((attention, attend), (feedforward, forward)):
+        norms = [norm_of(each) for each in (part.norm_in, part.norm_out, part.norm_post)]
+        tokens = reference.sublayer(tokens, branch, block.placement, *norms)
+    return tokens
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_a_block_is_the_literal_one(placement, norm, causal):
+    seeded()
+    block = shaken(PeriNormBlock(6, 2, placement=placement, norm=norm, hidden=5, causal=causal, eps=0.01))
+    x = torch.randn(4, 6, dtype=torch.float64)
+    wanted = torch.tensor(literal(block, x.tolist()), dtype=torch.float64)
+    torch.testing.assert_close(block(x[None])[0], wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_a_mask_is_where_a_token_may_look():
+    seeded()
+    block = PeriNormBlock(8, 2).double()
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    alone = block(x[:, :3])
+    padding = torch.arange(5)[None, None, None] < 3
+    torch.testing.assert_close(block(x, padding)[:, :3], alone)
+    scores = torch.zeros(5).masked_fill(torch.arange(5) >= 3, -math.inf).double().expand(5, 5)
+    torch.testing.assert_close(block(x, scores)[:, :3], alone)
+    causal = PeriNormBlock(8, 2, causal=True).double()
+    causal.load_state_dict(block.state_dict())
+    torch.testing.assert_close(causal(x, padding)[:, :3], causal(x[:, :3]))
+    torch.testing.assert_close(causal(x, scores)[:, :3], causal(x[:, :3]))
+
+
+# --- limiting cases -------------------------------------------------------------------------------------------------
+
+
+def test_without_one_norm_peri_is_pre_or_output():
+    seeded()
+    x = torch.randn(3, 6, dtype=torch.float64)
+    branch = nn.Linear(6, 6).double()
+    peri = shaken(PeriNorm(branch, 6))
+    pre = PeriNorm(branch, 6, placement="pre").double()
+    pre.norm_in = peri.norm_in
+    output = PeriNorm(branch, 6, placement="output").double()
+    output.norm_out = peri.norm_out
+    assert not torch.allclose(peri(x), pre(x))
+    kept, peri.norm_out = peri.norm_out, nn.Identity()
+    torch.testing.assert_close(peri(x), pre(x), rtol=0, atol=0)
+    peri.norm_out, peri.norm_in = kept, nn.Identity()
+    torch.testing.assert_close(peri(x), output(x), rtol=0, atol=0)
+
+
+def test_sandwich_is_the_same_sublayer():
+    seeded()
+    peri, sandwich = PeriNormBlock(8, 2), PeriNormBlock(8, 2, placement="sandwich")
+    sandwich.load_state_dict(peri.state_dict())
+    x = torch.randn(2, 3, 8)
+    assert torch.equal(peri(x), sandwich(x))
+
+
+def test_equal_to_x_transformers_with_sandwich_norm():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its import uses what torch has deprecated
+        from x_transformers import Encoder
+
+    seeded()
+    peer = Encoder(
+        dim=16, depth=1, heads=2, attn_dim_head=8, pre_norm=True, sandwich_norm=True, use_rmsnorm=True
+    ).double()
+    ours = PeriNormBlock(16, 2, eps=0.0, bias=True).double()
+    (norms, attention, _), (norms2, feed, _) = peer.layers
+    with torch.no_grad():
+        for module in peer.modules():
+            if hasattr(module, "g"):
+                module.g.add_(0.2 * torch.randn_like(module.g))
+        mix = ours.attention.module
+        mix.qkv.weight.copy_(torch.cat([attention.to_q.weight, attention.to_k.weight, attention.to_v.weight]))
+        mix.out.weight.copy_(attention.to_out.weight)
+        for p in (mix.qkv.bias, mix.out.bias):
+            p.zero_()
+        first, last = [m for m in feed.modules() if isinstance(m, nn.Linear)]
+        for mine, theirs in ((ours.feedforward.module[0], first), (ours.feedforward.module[2], last)):
+            mine.weight.copy_(theirs.weight)
+            mine.bias.copy_(theirs.bias)
+        for part, (before, after, *_) in ((ours.attention, norms), (ours.feedforward, norms2)):
+            part.norm_in.weight.copy_(before.g)
+            part.norm_out.weight.copy_(after.g)
+    x = torch.randn(2, 5, 16, dtype=torch.float64)
+    peer.final_norm = nn.Identity()
+    wanted = peer(x)
+    torch.testing.assert_close(ours(x), wanted, rtol=1e-10, atol=1e-10)
+
+
+# --- closed forms ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+def test_what_a_branch_adds_has_the_rms_of_its_gain(norm):
+    seeded()
+    layer = PeriNorm(nn.Linear(32, 32), 32, norm=norm, gain_init=0.25, eps=0.0).double()
+    x = torch.randn(7, 32, dtype=torch.float64)
+    for scale in (1e-3, 1.0, 1e3):
+        added = (layer(scale * x) - scale * x).square().mean(-1).sqrt()
+        torch.testing.assert_close(added, torch.full((7,), 0.25, dtype=torch.float64), rtol=1e-9, atol=1e-9)
+
+
+def stream_variances(placement, gain=1.0, blocks=12, dim=128):
+    seeded(3)
+    layers = [PeriNormBlock(dim, 4, placement=placement, gain_init=gain) for _ in range(blocks)]
+    for p in (p for layer in layers for p in layer.parameters() if p.dim() == 2):
+        nn.init.normal_(p, 0.0, 0.04)
+    x = functional.rms_norm(torch.randn(8, 32, dim), (dim,))
+    found = [float(x.var(-1, correction=0).mean())]
+    with torch.no_grad():
+        for layer in layers:
+            x = layer(x)
+            found.append(float(x.var(-1, correction=0).mean()))
+    return found
+
+
+@pytest.mark.parametrize("gain", [1.0, 0.5])
+def test_variance_grows_by_the_squared_gain_of_each_sublayer(gain):
+    found = stream_variances("peri", gain)
+    wanted = [reference.variance_law(2 * depth, gain) for depth in range(13)]
+    assert found == pytest.approx(wanted, rel=0.1)
+    mean = sum(found) / 13
+    slope = sum((d - 6) * v for d, v in enumerate(found)) / sum((d - 6) ** 2 for d in range(13))
+    rest = sum((v - mean - slope * (d - 6)) ** 2 for d, v in enumerate(found))
+    assert 1 - rest / sum((v - mean) ** 2 for v in found) > 0.95
+
+
+def test_post_keeps_the_variance_at_one():
+    assert stream_variances("post")[1:] == pytest.approx([1.0] * 12, rel=1e-2)
+
+
+def loss_of(block, x, head):
+    return functional.cross_entropy(
+        block(x).flatten(0, 1) @ head, torch.arange(len(x.flatten(0, 1))) % head.shape[1]
+    )
+
+
+def last_weights(block):
+    return [block.attention.module.out.weight, block.feedforward.module[2].weight]
+
+
+def cosines(placement):
+    seeded(1)
+    block, head, x = (
+        PeriNormBlock(32, 4, placement=placement, eps=1e-8),
+        torch.randn(32, 5),
+        torch.randn(2, 6, 32),
+    )
+    weights = last_weights(block)
+    grads = torch.autograd.grad(loss_of(block, x, head), weights)
+    return [
+        abs(functional.cosine_similarity(w.detach().flatten(), g.flatten(), dim=0).item())
+        for w, g in zip(weights, grads, strict=True)
+    ]
+
+
+def test_the_gradient_of_the_last_weight_is_orthogonal_to_it():
+    assert max(cosines("peri")) < 1e-6
+    assert max(cosines("output")) < 1e-6
+    assert min(cosines("pre")) > 1e-4, "the same measure sees Pre-LN"
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_the_loss_does_not_see_the_scale_of_the_last_weight(which):
+    seeded(1)
+    block, head, x = (
+        PeriNormBlock(32, 4, eps=1e-12).double(),
+        torch.randn(32, 5).double(),
+        torch.randn(2, 6, 32).double(),
+    )
+    weight = last_weights(block)[which]
+    loss = loss_of(block, x, head)
+    (grad,) = torch.autograd.grad(loss, weight)
+    with torch.no_grad():
+        weight.mul_(10.0)
+    other = loss_of(block, x, head)
+    torch.testing.assert_close(other, loss, rtol=1e-9, atol=0)
+    torch.testing.assert_close(torch.autograd.grad(other, weight)[0], grad / 10, rtol=1e-6, atol=1e-12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(exponent=st.floats(-2, 2), gain=st.floats(0.05, 3.0), seed=st.integers(0, 10_000))
+def test_the_gradient_never_exceeds_the_bound(exponent, gain, seed):
+    g = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(1, 12, generator=g, dtype=torch.float64)
+    last = nn.Linear(12, 8, bias=False).double()
+    with torch.no_grad():
+        last.weight.copy_(10**exponent * torch.randn(8, 12, generator=g, dtype=torch.float64))
+    layer = PeriNorm(last, 8, placement="output", gain_init=gain, eps=1e-12).double()
+    layer.module = _Fixed(last, hidden)
+    head = torch.randn(8, 6, generator=g, dtype=torch.float64)
+    head = head / torch.linalg.matrix_norm(head, 2)  # a head of norm 1, as the bound assumes
+    x = torch.randn(1, 8, generator=g, dtype=torch.float64)
+    loss = functional.cross_entropy(layer(x) @ head, torch.tensor([2]))
+    (grad,) = torch.autograd.grad(loss, last.weight)
+    bound = reference.gradient_bound(hidden[0].tolist(), last(hidden)[0].tolist(), gain)
+    assert float(grad.abs().max()) <= bound
+
+
+class _Fixed(nn.Module):
+    """A branch whose hidden vector is given."""
+
+    def __init__(self, last, hidden):
+        super().__init__()
+        self.last, self.hidden = last, hidden
+
+    def forward(self, x):
+        return self.last(self.hidden)
+
+
+def test_dropout_stands_after_the_output_norm():
+    seeded()
+    layer = PeriNorm(nn.Linear(64, 64), 64, dropout=0.5)
+    x = torch.zeros(200, 64)
+    nn.init.ones_(layer.module.bias)
+    kept = layer(x)
+    wanted = layer.norm_out(layer.module(layer.norm_in(x)))
+    assert torch.all((kept == 0) | torch.isclose(kept, 2 * wanted))
+    assert 0.45 < float((kept == 0).float().mean()) < 0.55
+
+
+# --- use ------------------------------------------------------------------------------------------------------------
+
+
+class _Tuple(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.map = nn.Linear(4, 4)
+
+    def forward(self, x, shift, *, scale=1.0):
+        return self.map(x) * scale + shift, "weights"
+
+
+def test_further_arguments_and_outputs_pass_through():
+    layer = PeriNorm(_Tuple(), 4)
+    x = torch.randn(2, 4)
+    y, rest = layer(x, 1.0, scale=2.0)
+    assert rest == "weights"
+    wanted = x + layer.norm_out(2 * layer.module.map(layer.norm_in(x)) + 1)
+    assert torch.equal(y, wanted)
+
+
+def test_norms_stay_in_float32_under_autocast():
+    seeded()
+    block = PeriNormBlock(32, 4)
+    seen = []
+    for module in block.modules():
+        if isinstance(module, nn.RMSNorm):
+            module.register_forward_hook(lambda _, args, out: seen.append((args[0].dtype, out.dtype)))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = block(torch.randn(2, 3, 32))
+    assert out.dtype == torch.float32
+    assert {result for _, result in seen} == {torch.float32}
+    assert torch.bfloat16 in {given for given, _ in seen}, "branches ran in half precision"
+    half = block.to(torch.bfloat16)
+    assert half(torch.randn(2, 3, 32, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_half_precision_norms_do_not_overflow():
+    norm = PeriNorm(nn.Linear(4, 4), 4).norm_out.to(torch.float16)
+    big = torch.full((1, 4), 3e4, dtype=torch.float16)  # its square leaves the range of float16
+    torch.testing.assert_close(norm(big), torch.ones(1, 4, dtype=torch.float16))
+
+
+def test_a_zero_branch_is_refused_under_an_output_norm_only():
+    zero = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    nn.init.zeros_(zero[1].weight)
+    nn.init.zeros_(zero[1].bias)
+    for placement in ("peri", "sandwich", "output"):
+        with pytest.raises(ValueError, match=r"module must not be initialised to zero .* gain_init=1/sqrt"):
+            PeriNorm(zero, 4, placement=placement)
+    PeriNorm(zero, 4, placement="pre")
+    PeriNorm(zero, 4, check_zero=False)
+    nn.init.ones_(zero[1].bias)
+    PeriNorm(zero, 4)  # its output is not zero
+
+
+def test_the_refused_gradient_is_what_the_message_says():
+    """Why: the same zero output, the same gradient, 1/sqrt(eps) times larger."""
+    zero = nn.Linear(4, 4, bias=False)
+    nn.init.zeros_(zero.weight)
+    x, outer = torch.ones(1, 4), torch.tensor([[1.0, 2.0, 3.0, 4.0]])
+    plain = torch.autograd.grad(PeriNorm(zero, 4, placement="pre", eps=1e-6)(x), zero.weight, outer)[0]
+    peri = torch.autograd.grad(PeriNorm(zero, 4, eps=1e-6, check_zero=False)(x), zero.weight, outer)[0]
+    torch.testing.assert_close(peri, 1e3 * plain, rtol=1e-4, atol=0)
+
+
+def test_messages_name_argument_value_and_fix():
+    with pytest.raises(ValueError, match=r"heads must divide dim=12, got 5. Use 4"):
+        PeriNormBlock(12, 5)
+    with pytest.raises(ValueError, match=r"gain_init must be 1 with placement='pre'.*got 0.5"):
+        PeriNormBlock(12, 4, placement="pre", gain_init=0.5)
+    with pytest.raises(ValueError, match=r"gain_init must be > 0, got 0.*1/sqrt\(2 \* blocks\)"):
+        PeriNormBlock(12, 4, gain_init=0.0)
+
+
+# --- optimizer groups -----------------------------------------------------------------------------------------------
+
+
+def test_gains_do_not_decay():
+    class LlamaRMSNorm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3))
+
+    block = PeriNormBlock(8, 2, norm="layer", bias=True)
+    model = nn.ModuleList([block, nn.BatchNorm1d(3), LlamaRMSNorm(), nn.Linear(8, 8)])
+    model[3].weight = block.attention.module.out.weight  # tied
+    block.feedforward.module[0].weight.requires_grad_(False)
+    decaying, gains = norm_param_groups(model, 0.1)
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert decaying["weight_decay"] == 0.1
+    assert gains["weight_decay"] == 0.0
+    assert all("norm" in names[id(p)] or names[id(p)].startswith(("1.", "2.")) for p in gains["params"])
+    assert len(gains["params"]) == 2 * 4 + 2 + 1
+    listed = [id(p) for p in decaying["params"] + gains["params"]]
+    assert len(set(listed)) == len(listed)
+    assert set(listed) == {id(p) for p in model.parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(norm_param_groups(model, 0.1), lr=0.0)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+
+
+def test_groups_refuse_what_they_cannot_divide():
+    with pytest.raises(ValueError, match=r"weight_decay must be >= 0, got -0.1"):
+        norm_param_groups(nn.Linear(2, 2), -0.1)
+    with pytest.raises(ValueError, match="model must have trainable parameters"):
+        norm_param_groups(nn.ReLU(), 0.1)
+    assert len(norm_param_groups(nn.Linear(2, 2), 0.1)) == 1
+
+
+def test_a_norm_is_told_by_class_or_name():
+    class WeightNorm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3, 3))
+
+    assert is_norm(nn.GroupNorm(1, 2))
+    assert not is_norm(WeightNorm())
+    assert not is_norm(nn.Linear(2, 2))
+
+
+def test_a_twin_is_fresh():
+    norm = nn.LayerNorm(5, eps=1e-3).double()
+    nn.init.normal_(norm.weight)
+    norm.weight.requires_grad_(False)
+    norm.register_forward_hook(lambda *_: None)
+    twin = twin_norm(norm, 0.5)
+    assert isinstance(twin, nn.LayerNorm)
+    assert (twin.eps, twin.weight.dtype, twin.weight.requires_grad) == (1e-3, torch.float64, True)
+    assert twin.weight.tolist() == [0.5] * 5
+    assert twin.bias.tolist() == [0.0] * 5
+    assert not twin._forward_hooks
+    with pytest.raises(ValueError, match="gain_init must be 1 where norms have no gain, got 0.5"):
+        twin_norm(nn.LayerNorm(5, elementwise_affine=False), 0.5)
+    with pytest.raises(ValueError, match="meta device"):
+        twin_norm(nn.LayerNorm(5, device="meta"), 1.0)
