@@ -30,11 +30,11 @@ def _zero():
 
 
 class Stack(nn.Module):
-    """Two blocks with a batch norm and dropout among them, so that a measurement could leave traces."""
+    """Two blocks with a batch norm between them, so that a measurement could leave traces."""
 
     def __init__(self):
         super().__init__()
-        self.first, self.second = PeriNormBlock(8, 2, dropout=0.3), PeriNormBlock(8, 2)
+        self.first, self.second = PeriNormBlock(8, 2), PeriNormBlock(8, 2)
         self.mixed = nn.BatchNorm1d(4)
         self.head = nn.Linear(8, 3)
 
@@ -78,7 +78,12 @@ CASES = (
             name=f"PeriNormBlock[{placement}]",
             kind="layer",
             build=lambda placement=placement: PeriNormBlock(
-                8, 2, placement=placement, causal=True, fused=False
+                8,
+                2,
+                placement=placement,
+                gain_init=1.0 if placement == "post" else 0.5,
+                causal=True,
+                fused=False,  # with the fused kernel torch has no second derivative on a CPU
             ),
             inputs=_tokens,
             shape=tuple,
@@ -90,17 +95,6 @@ CASES = (
             ),
         )
         for placement in ("peri", "post", "output")
-    ),
-    Case(
-        name="PeriNormBlock[fused]",
-        kind="layer",
-        build=lambda: PeriNormBlock(8, 2),
-        inputs=_tokens,
-        shape=tuple,
-        refuses={
-            "gradgradcheck": "torch's fused attention has no second derivative on a CPU; fused=False has",
-            "func_vmap": "torch's fused attention warns that vmap runs it in a loop on a CPU; fused=False is batched",
-        },
     ),
     Case(
         name="ResidualStreamProbe",

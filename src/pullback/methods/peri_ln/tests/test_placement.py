@@ -88,6 +88,38 @@ def test_a_mask_is_where_a_token_may_look():
     torch.testing.assert_close(causal(x, scores)[:, :3], causal(x[:, :3]))
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_fused_attention_is_the_written_out_one(masked):
+    seeded()
+    fused, plain = (
+        PeriNormBlock(8, 2, causal=True).double(),
+        PeriNormBlock(8, 2, causal=True, fused=False).double(),
+    )
+    plain.load_state_dict(fused.state_dict())
+    mask = torch.rand(2, 1, 5, 5) > 0.3 if masked else None
+    x = torch.randn(2, 5, 8, dtype=torch.float64, requires_grad=True)
+    outs = [block(x, mask) for block in (fused, plain)]
+    torch.testing.assert_close(*outs)
+    grads = [
+        torch.autograd.grad(out.square().sum(), (x, *block.parameters()))
+        for out, block in zip(outs, (fused, plain), strict=True)
+    ]
+    torch.testing.assert_close(*grads)
+    (first,) = torch.autograd.grad(plain(x, mask).square().sum(), x, create_graph=True)
+    assert torch.autograd.grad(first.sum(), x)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_token_that_may_look_nowhere_adds_what_a_zero_adds(fused):
+    seeded()
+    block = PeriNormBlock(8, 2, fused=fused)
+    mask = torch.ones(3, 3, dtype=torch.bool)
+    mask[1] = False
+    x = torch.randn(1, 3, 8)
+    assert torch.equal(block.attention(x, mask)[:, 1], x[:, 1])
+    assert block(x, mask).isfinite().all()
+
+
 # --- limiting cases -------------------------------------------------------------------------------------------------
 
 
@@ -145,7 +177,7 @@ def test_equal_to_x_transformers_with_sandwich_norm():
     x = torch.randn(2, 5, 16, dtype=torch.float64)
     peer.final_norm = nn.Identity()
     wanted = peer(x)
-    torch.testing.assert_close(ours(x), wanted, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(ours(x), wanted, rtol=1e-6, atol=1e-6)  # its softmax is in float32
 
 
 # --- closed forms ---------------------------------------------------------------------------------------------------
