@@ -10,15 +10,16 @@ from torch import nn
 def extend(module: nn.Module, mixin: type[nn.Module]) -> None:
     """Give ``module`` a subclass of its own class in which ``mixin`` comes first.
 
-    No wrapper stands in the way: parameters keep their names, hooks stay, and look-ups by class, or by the class's name,
-    still find the module. Copies and pickles of it work.
+    No wrapper stands in the way: parameters keep their names, hooks stay, and look-ups by class, or by the
+    class's name, still find the module. Copies and pickles of it work.
 
     Args:
         module: any module without a ``forward`` of its own among its attributes.
         mixin: overrides what it wants to; ``super()`` is the module's own class.
 
     Raises:
-        ValueError: if something has replaced the module's ``forward`` by an attribute, which would bypass the mixin.
+        ValueError: if something has replaced the module's ``forward`` by an attribute, which would bypass
+            the mixin.
     """
     if "forward" in vars(module):
         raise ValueError(

@@ -26,16 +26,16 @@ class RMSNorm(nn.RMSNorm):
 
 
 class LayerNorm(nn.LayerNorm):
-    """(x - mean) / sqrt(var + eps) * weight + bias over the last axis, in float32 when x is of half precision.
+    """(x - mean) / sqrt(var + eps) * weight + bias over the last axis, in float32 for half precision.
 
     The result has the wider dtype of input and weight: under autocast the residual stream stays in float32.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Normalise [..., dim]."""
-        wide, shape, weight = _wide(x, self.weight, self.normalized_shape)
+        wide, shape, weight = _wide(input, self.weight, self.normalized_shape)
         bias = None if self.bias is None else self.bias.to(wide.dtype)
-        return F.layer_norm(wide, shape, weight, bias, self.eps).to(_out(x, self.weight))
+        return F.layer_norm(wide, shape, weight, bias, self.eps).to(_out(input, self.weight))
 
 
 def _wide(x: Tensor, weight: Tensor | None, shape: Any) -> tuple[Tensor, list[int], Tensor | None]:
@@ -64,9 +64,10 @@ def is_norm(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def twin_norm(norm: nn.Module, gain: float) -> nn.Module:
-    """A fresh norm of the same class, width, eps, device and dtype, with its gain at ``gain`` and its bias at 0.
+    """A fresh norm of the same class, width, eps, device and dtype; its gain is ``gain``, its bias 0.
 
-    A norm that multiplies by 1 + weight (told by its output with a weight of zero) gets the weight ``gain`` - 1.
+    A norm that multiplies by 1 + weight (told by its output with a weight of zero) gets the weight ``gain``
+    - 1.
 
     Raises:
         ValueError: if the norm has no gain, or is on the meta device.

@@ -1,7 +1,8 @@
-"""Which modules are transformer blocks, and where their residual sub-layers are: by structure, never by import.
+"""Which modules are transformer blocks, and where their residual sub-layers are, told by structure.
 
-A module of any room may describe itself: ``residual_block(name) -> Block``. A module whose norms were moved says so in
-``norm_placement``.
+No library of models is imported.
+A module of any room may describe itself: ``residual_block(name) -> Block``. A module whose norms were moved
+says so in ``norm_placement``.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class Block:
     Args:
         name: path in the model; empty for the model itself.
         module: the block.
-        kind: ``own``, ``torch`` (branches are methods of the layer) or ``branches`` (each branch is one module).
+        kind: ``own``, ``torch`` (branches are methods of the layer) or ``branches`` (each branch is one
+            module).
         placement: where its norms stand now.
         branches: its sub-layers.
     """
@@ -178,7 +180,7 @@ def _from_user(name: str, module: nn.Module, rows: Any) -> Found | None:
     return Block(name, module, "branches", done or "pre", tuple(branches)) if branches else None
 
 
-# --- weights -------------------------------------------------------------------------------------------------------
+# --- weights ------------------------------------------------------------------------------------------------
 
 
 def last_matrix(module: nn.Module) -> tuple[nn.Module, Tensor] | None:
@@ -193,7 +195,7 @@ def last_matrix(module: nn.Module) -> tuple[nn.Module, Tensor] | None:
     return found[-1] if found else None
 
 
-# --- tricks that an output norm cancels ------------------------------------------------------------------------------
+# --- tricks that an output norm cancels ---------------------------------------------------------------------
 
 _SCALES = (
     "layer_scale", "layerscale", "layer_scale1", "layer_scale2", "ls1", "ls2", "gamma_1", "gamma_2", "lambda_1",

@@ -35,8 +35,8 @@ def characters() -> Characters:
 class CharacterModel(nn.Module):
     """Embedding of symbols and positions, blocks, a final norm and a head.
 
-    Weights with two axes are drawn by streams of their own, one for each position among the parameters of that kind, so
-    that models which differ in their norms alone start equal.
+    Weights with two axes are drawn by streams of their own, one for each position among the parameters of
+    that kind, so that models which differ in their norms alone start equal.
 
     Args:
         symbols: size of the vocabulary.
@@ -46,7 +46,8 @@ class CharacterModel(nn.Module):
         first: applied to the embedding (a norm, or an identity).
         last: applied before the head.
         seed: of the initial weights.
-        std: of embeddings and weights; those of linear layers are divided by sqrt(fan in) instead when it is None.
+        std: of embeddings and weights; those of linear layers are divided by sqrt(fan in) instead when it
+            is None.
     """
 
     def __init__(

@@ -29,7 +29,8 @@ class NormReport:
         sublayers: number of their sub-layers, each with a new output norm.
         skipped: (path, reason) of what looked like a block and was left alone.
         added: paths of the new norms.
-        dropped: paths of the norms whose weights are gone: those of post-LN layers, and input norms under ``output``.
+        dropped: paths of the norms whose weights are gone: those of post-LN layers, and input norms under
+            ``output``.
         notes: what else a reader should know.
     """
 
@@ -41,7 +42,7 @@ class NormReport:
     notes: tuple[str, ...]
 
 
-# --- extended classes -------------------------------------------------------------------------------------------------
+# --- extended classes ---------------------------------------------------------------------------------------
 
 
 class _NormedOutput(nn.Module):
@@ -111,7 +112,7 @@ class _DecoderLayer(nn.TransformerDecoderLayer):
 
 
 def _add(layer: nn.Module, number: int, x: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
-    """x + dropout(N_out(branch(N_in(x)))) with the layer's own names; N_in is an identity under ``output``."""
+    """Add dropout(N_out(branch(N_in(x)))) to x, by the names of the layer; N_in is an identity under ``output``."""
     norm_in, norm_out, dropout = (
         layer.get_submodule(f"{name}{number}{tail}")
         for name, tail in (("norm", ""), ("norm", "_out"), ("dropout", ""))
@@ -138,7 +139,7 @@ def _feed(layer: Any, x: Tensor) -> Tensor:
     return layer.linear2(layer.dropout(layer.activation(layer.linear1(x))))
 
 
-# --- conversion -------------------------------------------------------------------------------------------------------
+# --- conversion ---------------------------------------------------------------------------------------------
 
 
 def convert_norm_placement(
@@ -153,26 +154,28 @@ def convert_norm_placement(
 ) -> NormReport:
     """Add output norms to the blocks of an existing model, in place.
 
-    Known blocks: torch's ``TransformerEncoderLayer`` and ``TransformerDecoderLayer`` (pre-LN and post-LN), pre-LN blocks
-    of Hugging Face's Llama form (``input_layernorm``, ``self_attn``, ``post_attention_layernorm``, ``mlp``) and GPT-2 form
-    (``ln_1``, ``attn``, ``ln_2``, ``mlp``), `PeriNormBlock` and `PeriNorm`; any other pre-LN block by ``sublayers``.
+    Known blocks: torch's ``TransformerEncoderLayer`` and ``TransformerDecoderLayer`` (pre-LN and post-LN),
+    pre-LN blocks of Hugging Face's Llama form (``input_layernorm``, ``self_attn``,
+    ``post_attention_layernorm``, ``mlp``) and GPT-2 form (``ln_1``, ``attn``, ``ln_2``, ``mlp``),
+    `PeriNormBlock` and `PeriNorm`; any other pre-LN block by ``sublayers``.
 
-    An existing input norm stays with its weights; the output norm is a fresh one of its class, eps and dtype. All names
-    stay, so that a checkpoint of the model as it was loads with ``strict=False`` and misses the new norms only. The
-    *function* changes: a trained model must be trained on. The norms of a post-LN layer are replaced by fresh ones,
-    because theirs belong to the sum. Do this before the optimizer is made and before DDP, FSDP or ``torch.compile`` wraps
-    the model.
+    An existing input norm stays with its weights; the output norm is a fresh one of its class, eps and
+    dtype. All names stay, so that a checkpoint of the model as it was loads with ``strict=False`` and
+    misses the new norms only. The *function* changes: a trained model must be trained on. The norms of a
+    post-LN layer are replaced by fresh ones, because theirs belong to the sum. Do this before the optimizer
+    is made and before DDP, FSDP or ``torch.compile`` wraps the model.
 
     Args:
         model: any module; a block itself will do.
-        placement: ``peri`` (with ``embedding`` the embedding is normalised, too), ``sandwich`` (the blocks alone) or
-            ``output`` (the input norms are dropped).
+        placement: ``peri`` (with ``embedding`` the embedding is normalised, too), ``sandwich`` (the blocks
+            alone) or ``output`` (the input norms are dropped).
         match: only modules of these classes are converted.
-        sublayers: ``sublayers(module)`` returns None, or for a block that computes ``x + dropout(module(norm(x)))`` the
-            (norm, module, dropout) of each sub-layer; norm and dropout may be None.
+        sublayers: ``sublayers(module)`` returns None, or for a block that computes ``x +
+            dropout(module(norm(x)))`` the (norm, module, dropout) of each sub-layer; norm and dropout may
+            be None.
         embedding: path of the embedding whose output is to be normalised.
-        final_norm: give a ``TransformerEncoder`` or ``TransformerDecoder`` that has none a norm at its end: post-LN models
-            need none, these placements do.
+        final_norm: give a ``TransformerEncoder`` or ``TransformerDecoder`` that has none a norm at its end:
+            post-LN models need none, these placements do.
         gain_init: gain of the output norms at the start.
 
     Returns:
@@ -180,11 +183,13 @@ def convert_norm_placement(
 
     Raises:
         TypeError: if an argument has a wrong type.
-        ValueError: if no block is converted (the message gives the reasons), if a branch is initialised to zero, or if an
+        ValueError: if no block is converted (the message gives the reasons), if a branch is initialised to
+            zero, or if an
             argument does not fit. Nothing is changed then.
 
     Warns:
-        UserWarning: if the branches are scaled (layer scale, residual multiplier, output weights initialised smaller with
+        UserWarning: if the branches are scaled (layer scale, residual multiplier, output weights
+            initialised smaller with
             depth): the output norm cancels a scale before it and competes with one behind it.
     """
     instance("model", model, nn.Module)
@@ -292,7 +297,8 @@ class _Sublayers:
 
     def apply(self) -> tuple[list[str], list[str]]:
         """Change the block; paths of new norms, and of norms whose weights are gone."""
-        module, post = self.block.module, self.block.placement == "post"
+        module: Any = self.block.module
+        post = self.block.placement == "post"
         places, dropped = [], []
         for branch, source, fresh in zip(self.block.branches, self.norms, self.fresh, strict=True):
             before = twin_norm(source, 1.0) if post else source

@@ -24,28 +24,30 @@ OUTPUT_PLACEMENTS: tuple[Placement, ...] = ("peri", "sandwich", "output")
 SMALL = "For a quiet start give gain_init=1/sqrt(2 * blocks) instead, and leave the weights as they are."
 
 
-# --- one sub-layer --------------------------------------------------------------------------------------------------
+# --- one sub-layer ------------------------------------------------------------------------------------------
 
 
 class PeriNorm(Layer):
-    """A residual branch with its norms: ``y = x + dropout(N_out(module(N_in(x))))`` in the placement ``peri``.
+    """A residual branch with its norms, in the placement peri ``x + dropout(N_out(module(N_in(x))))``.
 
-    The output norm stands **inside** the branch. What is added therefore has RMS ``gain_init`` per token at the start,
-    whatever the scale of the branch's last weight W: the loss does not depend on that scale, <W, dL/dW> = 0, and the
-    gradient shrinks as W grows (Kim et al. 2025, equation of Peri-LN and Proposition 3.1).
+    The output norm stands **inside** the branch. What is added therefore has RMS ``gain_init`` per token at
+    the start, whatever the scale of the branch's last weight W: the loss does not depend on that scale, <W,
+    dL/dW> = 0, and the gradient shrinks as W grows (Kim et al. 2025, equation of Peri-LN and Proposition
+    3.1).
 
     Args:
-        module: the branch, a map [..., dim] -> [..., dim]. If it returns a tuple, its first entry is the branch's output
-            and the rest is passed on.
+        module: the branch, a map [..., dim] -> [..., dim]. If it returns a tuple, its first entry is the
+            branch's output and the rest is passed on.
         dim: channels of the residual stream, the last axis.
         norm: ``"rms"`` or ``"layer"``; with the latter the channel mean of what is added is removed as well.
-        placement: ``peri`` and ``sandwich`` (two names for the same sub-layer; a *model* is called peri when its
-            embedding is normalised too), ``pre``: x + M(N_in(x)), ``output``: x + N_out(M(x)), ``post``: N(x + M(x)).
+        placement: ``peri`` and ``sandwich`` (two names for the same sub-layer; a *model* is called peri
+            when its embedding is normalised too), ``pre``: x + M(N_in(x)), ``output``: x + N_out(M(x)),
+            ``post``: N(x + M(x)).
         gain_init: gain of N_out at the start, in units of the residual stream.
         eps: added to the mean square (variance) under the root.
         dropout: rate on what is added, after N_out, so that its variance stays as stated.
-        check_zero: refuse a branch whose last weight is all zeros. Switch it off only when the check finds the wrong
-            weight (for example an adapter that is registered last).
+        check_zero: refuse a branch whose last weight is all zeros. Switch it off only when the check finds
+            the wrong weight (for example an adapter that is registered last).
 
     Attributes:
         norm_in: input norm, or None.
@@ -54,9 +56,9 @@ class PeriNorm(Layer):
 
     Raises:
         TypeError: if an argument has a wrong type.
-        ValueError: if an argument is out of range, if ``gain_init`` is given to a placement without N_out, or if the
-            branch is initialised to zero and would be normalised: a norm multiplies the gradient of a zero output by
-            1/sqrt(eps).
+        ValueError: if an argument is out of range, if ``gain_init`` is given to a placement without N_out,
+            or if the branch is initialised to zero and would be normalised: a norm multiplies the gradient
+            of a zero output by 1/sqrt(eps).
 
     Shape:
         ``forward(x [..., dim], *args, **kwargs)`` gives [..., dim]; further arguments go to ``module``.
@@ -149,7 +151,7 @@ def refuse_zero(name: str, module: nn.Module) -> None:
         )
 
 
-# --- one block ------------------------------------------------------------------------------------------------------
+# --- one block ----------------------------------------------------------------------------------------------
 
 
 class SelfAttention(nn.Module):
@@ -163,7 +165,7 @@ class SelfAttention(nn.Module):
         self.qkv, self.out = nn.Linear(dim, 3 * dim, bias=bias), nn.Linear(dim, dim, bias=bias)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Mix the tokens; ``mask`` is True where a query (row) may look at a key (column), or is added to the scores."""
+        """Mix the tokens; ``mask`` is True where a query (row) may look at a key, or is added to the scores."""
         width = x.shape[-1] // self.heads
         split = self.qkv(x).unflatten(-1, (3, self.heads, width)).movedim(-3, 0).transpose(-2, -3)
         query, key, value = split.unbind(0)
@@ -201,8 +203,8 @@ class FeedForward(nn.Sequential):
 class PeriNormBlock(Layer):
     """A transformer block, attention then feed-forward, with a switch for the placement of its norms.
 
-    A whole model is ``x = N(embedding)`` (peri; without it the model is called sandwich), the blocks, and a final norm
-    before the head (all placements but post need one).
+    A whole model is ``x = N(embedding)`` (peri; without it the model is called sandwich), the blocks, and a
+    final norm before the head (all placements but post need one).
 
     Args:
         dim: channels of the residual stream.
@@ -210,20 +212,23 @@ class PeriNormBlock(Layer):
         placement: ``post``, ``pre``, ``peri``, ``sandwich`` or ``output``; see `PeriNorm`.
         norm: ``"rms"`` or ``"layer"``.
         hidden: units of the feed-forward layer; None: 4 dim.
-        gain_init: gain of the output norms at the start; 1/sqrt(2 * blocks) keeps the stream's variance near 1.
+        gain_init: gain of the output norms at the start; 1/sqrt(2 * blocks) keeps the stream's variance
+            near 1.
         eps: added under the root of every norm.
         dropout: rate on what each sub-layer adds, after its output norm.
-        bias: whether linear layers have biases. The exact scale invariance of `PeriNorm` needs none in the last one.
+        bias: whether linear layers have biases. The exact scale invariance of `PeriNorm` needs none in the
+            last one.
         causal: whether a token sees only itself and earlier ones.
-        fused: use torch's fused attention. False writes it out: slower, but second derivatives and ``vmap`` work.
+        fused: use torch's fused attention. False writes it out: slower, but second derivatives and ``vmap``
+            work.
 
     Raises:
         TypeError: if an argument has a wrong type.
         ValueError: if an argument is out of range or ``heads`` does not divide ``dim``.
 
     Shape:
-        ``forward(x [batch, t, dim], mask=None)`` gives [batch, t, dim]; ``mask`` is broadcast to [batch, heads, t, t],
-        True where a query may look at a key, or a float that is added to the scores.
+        ``forward(x [batch, t, dim], mask=None)`` gives [batch, t, dim]; ``mask`` is broadcast to [batch,
+        heads, t, t], True where a query may look at a key, or a float that is added to the scores.
     """
 
     def __init__(
@@ -278,22 +283,22 @@ def _divisor(dim: int, heads: int) -> int:
     return max(n for n in range(1, min(heads, dim) + 1) if dim % n == 0)
 
 
-# --- optimizer groups -----------------------------------------------------------------------------------------------
+# --- optimizer groups ---------------------------------------------------------------------------------------
 
 
 def norm_param_groups(model: nn.Module | Iterable[nn.Module], weight_decay: float) -> list[dict[str, Any]]:
     """Optimizer groups in which gains and biases of norms do not decay.
 
-    Decay pulls a gain towards 0, and one in the form 1 + w towards 1: under an output norm it would set how loud a
-    sub-layer is. Everything else, other biases included, decays.
+    Decay pulls a gain towards 0, and one in the form 1 + w towards 1: under an output norm it would set how
+    loud a sub-layer is. Everything else, other biases included, decays.
 
     Args:
         model: a module, or several.
         weight_decay: of all other parameters.
 
     Returns:
-        One or two groups for a torch optimizer: the decaying parameters, then those of norms with weight decay 0.
-        Frozen parameters are left out, tied ones are listed once.
+        One or two groups for a torch optimizer: the decaying parameters, then those of norms with weight
+        decay 0. Frozen parameters are left out, tied ones are listed once.
 
     Raises:
         ValueError: if ``weight_decay`` is negative or nothing is trainable.

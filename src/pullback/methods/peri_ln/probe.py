@@ -92,17 +92,19 @@ class StreamReport:
 class ResidualStreamProbe(Probe):
     """Reads variance, outliers and gradients of every block of a transformer, around the user's own step.
 
-    ``with probe: loss_fn(model(x), y).backward()`` measures that pass, ``probe.report()`` gives it. ``probe(loss_fn,
-    *batch)`` runs a pass of its own and leaves parameters, buffers, gradients and random states as they were. Everything
-    is computed in float32 (float64 models: float64); only floats are kept. One pass per block: of several forward or
-    backward passes in it the last one counts. Gradients are those of ``backward()``: before clipping, before DDP averages,
-    and times the loss scale under a ``GradScaler``.
+    ``with probe: loss_fn(model(x), y).backward()`` measures that pass, ``probe.report()`` gives it.
+    ``probe(loss_fn, *batch)`` runs a pass of its own and leaves parameters, buffers, gradients and random
+    states as they were. Everything is computed in float32 (float64 models: float64); only floats are kept.
+    One pass per block: of several forward or backward passes in it the last one counts. Gradients are those
+    of ``backward()``: before clipping, before DDP averages, and times the loss scale under a
+    ``GradScaler``.
 
     Args:
-        model: holds blocks that `convert_norm_placement` knows, converted or not, or those named in ``blocks``. Give the
-            model that ``torch.compile`` got, not the compiled one: inside compiled code no hook runs.
-        blocks: paths of the blocks, in order; needed for blocks that are not known. Their output must be [..., dim], or a
-            tuple that begins with it.
+        model: holds blocks that `convert_norm_placement` knows, converted or not, or those named in
+            ``blocks``. Give the model that ``torch.compile`` got, not the compiled one: inside compiled
+            code no hook runs.
+        blocks: paths of the blocks, in order; needed for blocks that are not known. Their output must be
+            [..., dim], or a tuple that begins with it.
         window: number of steps whose median norm a spike is measured against.
         factor: how many times the median makes a spike.
 
@@ -283,14 +285,15 @@ class ResidualStreamProbe(Probe):
         )
 
 
-# --- pieces -----------------------------------------------------------------------------------------------------------
+# --- pieces -------------------------------------------------------------------------------------------------
 
 
 def _known(model: nn.Module) -> list[Block]:
     found = list(find_blocks(model))
     blocks = [row for row in found if isinstance(row, Block)]
     if not blocks:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in found if isinstance(reason, str))
+        others = [row for row in found if not isinstance(row, Block)]
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in others)
         raise ValueError(
             f"model must hold known transformer blocks, got none in {type(model).__name__}"
             f"{f' ({reasons[:200]})' if reasons else ''}. Name them: blocks=('layers.0', ...)."
@@ -362,7 +365,7 @@ def _last_gradient(block: BlockStats) -> float:
 
 
 def _ratio(a: float, b: float) -> float:
-    """a / b, infinite where only b is zero."""
+    """Quotient of a and b, infinite where only b is zero."""
     if b == 0:
         return math.nan if a == 0 else math.copysign(math.inf, a)
     return a / b

@@ -28,7 +28,7 @@ def gelu(x):
 
 
 def attention(tokens, qkv, out, heads, causal):
-    """Multi-head attention of tokens [t][d]; qkv [3d][d] stacks queries, keys, values; head h has channels h*d/heads..."""
+    """Multi-head attention of tokens [t][d]; qkv [3d][d] stacks queries, keys, values; head h has d / heads of them."""
     d = len(tokens[0])
     width = d // heads
     rows = [linear(x, qkv) for x in tokens]

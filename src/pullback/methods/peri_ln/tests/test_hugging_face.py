@@ -139,7 +139,7 @@ def test_attentions_are_still_recorded():
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    "name, reason", [("Bert", "post-LN with the norms inside"), ("OpenAIGPT", "post-LN blocks")]
+    ("name", "reason"), [("Bert", "post-LN with the norms inside"), ("OpenAIGPT", "post-LN blocks")]
 )
 def test_post_models_are_refused(name, reason):
     torch.manual_seed(0)
@@ -153,7 +153,7 @@ def test_post_models_are_refused(name, reason):
         convert_norm_placement(model)
 
 
-@pytest.mark.parametrize("name, placement", [("Gemma2", "peri"), ("Olmo2", "output")])
+@pytest.mark.parametrize(("name", "placement"), [("Gemma2", "peri"), ("Olmo2", "output")])
 def test_models_with_output_norms_are_left_alone_and_can_be_probed(name, placement):
     model = build(name, **LLAMA, **({"head_dim": 8} if name == "Gemma2" else {}))
     with pytest.raises(ValueError, match=f"its placement is '{placement}' already"):

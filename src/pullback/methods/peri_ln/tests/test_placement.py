@@ -172,8 +172,8 @@ def test_equal_to_x_transformers_with_sandwich_norm():
             mine.weight.copy_(theirs.weight)
             mine.bias.copy_(theirs.bias)
         for part, (before, after, *_) in ((ours.attention, norms), (ours.feedforward, norms2)):
-            part.norm_in.weight.copy_(before.g)
-            part.norm_out.weight.copy_(after.g)
+            part.norm_in.weight.copy_(before.g + float(before.unit_offset))
+            part.norm_out.weight.copy_(after.g + float(after.unit_offset))
     x = torch.randn(2, 5, 16, dtype=torch.float64)
     peer.final_norm = nn.Identity()
     wanted = peer(x)
@@ -443,7 +443,7 @@ def test_a_twin_is_fresh():
     assert twin.weight.tolist() == [0.5] * 5
     assert twin.bias.tolist() == [0.0] * 5
     assert not twin._forward_hooks
-    with pytest.raises(ValueError, match="gain_init must be 1 where norms have no gain, got 0.5"):
+    with pytest.raises(ValueError, match=r"gain_init must be 1 where norms have no gain, got 0\.5"):
         twin_norm(nn.LayerNorm(5, elementwise_affine=False), 0.5)
     with pytest.raises(ValueError, match="meta device"):
         twin_norm(nn.LayerNorm(5, device="meta"), 1.0)

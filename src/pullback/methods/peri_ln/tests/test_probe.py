@@ -78,8 +78,11 @@ def test_a_step_is_read_around_the_users_own_code(recompute):
         assert row.max_abs == pytest.approx(float(y.abs().max()), rel=1e-6)
         assert row.branch_rms == pytest.approx(float((y - x).square().mean().sqrt()), rel=1e-5)
         wanted = [
-            block.attention.module.qkv, block.attention.module.out, block.feedforward.module[0], block.feedforward.module[2],
-        ]  # fmt: skip
+            block.attention.module.qkv,
+            block.attention.module.out,
+            block.feedforward.module[0],
+            block.feedforward.module[2],
+        ]
         found = [norm for grad in row.gradients for norm in (grad.first_norm, grad.last_norm)]
         assert found == pytest.approx([float(layer.weight.grad.norm()) for layer in wanted], rel=1e-5)
     assert [grad.first for grad in report.blocks[0].gradients] == [
@@ -124,13 +127,18 @@ def hook_count(model):
     return backward + sum(len(m._forward_hooks) for m in model.modules())
 
 
+def fail(module, args, out):
+    assert hook_count(module) > 1, "the probe's hooks are there"
+    raise ArithmeticError("planned")
+
+
 def test_hooks_go_also_after_exceptions():
     model = Model()
     probe = ResidualStreamProbe(model)
-    with pytest.raises(ArithmeticError), probe:
-        assert hook_count(model) > 3
+    model.head.register_forward_hook(fail)
+    with pytest.raises(ArithmeticError, match="planned"), probe:
         model(ids())
-        raise ArithmeticError
+    model.head._forward_hooks.clear()
     assert hook_count(model) == 0
     assert not probe._stream
     with pytest.raises(RuntimeError, match=r"has measured nothing, got report\(\)"):
