@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ class Model(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.embed = nn.Embedding(11, 16)
-        self.blocks = nn.ModuleList(
+        self.blocks: Any = nn.ModuleList(
             PeriNormBlock(16, 2, placement=placement, dropout=dropout) for _ in range(blocks)
         )
         self.head, self.recompute = nn.Linear(16, 11), recompute
@@ -89,7 +90,7 @@ def test_a_step_is_read_around_the_users_own_code(recompute):
         "attention.module.qkv.weight",
         "feedforward.module.0.weight",
     ]
-    total = math.sqrt(sum(float(p.grad.square().sum()) for p in model.parameters()))
+    total = math.sqrt(sum(float(p.grad.square().sum()) for p in model.parameters() if p.grad is not None))
     assert report.gradient_norm == pytest.approx(total, rel=1e-5)
     first, last = (model.blocks[i].feedforward.module[2].weight.grad.norm() for i in (0, 2))
     assert report.gradient_ratio == pytest.approx(float(last / first), rel=1e-5)
