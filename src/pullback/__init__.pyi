@@ -30,6 +30,10 @@ from pullback.methods.paced import BetaKernel as BetaKernel
 from pullback.methods.paced import PassRateTracker as PassRateTracker
 from pullback.methods.paced import distillation_loss as distillation_loss
 from pullback.methods.paced import gradient_snr as gradient_snr
+from pullback.methods.peri_ln import PeriNorm as PeriNorm
+from pullback.methods.peri_ln import PeriNormBlock as PeriNormBlock
+from pullback.methods.peri_ln import ResidualStreamProbe as ResidualStreamProbe
+from pullback.methods.peri_ln import convert_norm_placement as convert_norm_placement
 from pullback.methods.pinn_annealing import GradientAnnealing as GradientAnnealing
 from pullback.methods.pinn_annealing import GradientHistograms as GradientHistograms
 from pullback.methods.pinn_annealing import ModifiedMLP as ModifiedMLP
@@ -61,7 +65,10 @@ __all__ = [
     "MomentumWriter",
     "NonFiniteError",
     "PassRateTracker",
+    "PeriNorm",
+    "PeriNormBlock",
     "Project",
+    "ResidualStreamProbe",
     "RuleFlip",
     "ShallowDANN",
     "TaskAccumulator",
@@ -69,6 +76,7 @@ __all__ = [
     "add_gradient_noise_",
     "attach",
     "cite",
+    "convert_norm_placement",
     "curl_fraction",
     "distillation_loss",
     "flip_threshold",
