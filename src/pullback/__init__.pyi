@@ -39,6 +39,7 @@ from pullback.methods.sam_gs import multitask_backward as multitask_backward
 from pullback.methods.tract import TrAct as TrAct
 from pullback.methods.tract import precondition_input as precondition_input
 from pullback.methods.tract import tract as tract
+from pullback.methods.tversky import Tversky as Tversky
 
 __version__: str
 
@@ -66,6 +67,7 @@ __all__ = [
     "ShallowDANN",
     "TaskAccumulator",
     "TrAct",
+    "Tversky",
     "add_gradient_noise_",
     "attach",
     "cite",
