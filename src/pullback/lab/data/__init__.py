@@ -10,6 +10,7 @@ from pullback.lab.data.order import fixed_permutation, split
 from pullback.lab.data.photographs import photographs
 from pullback.lab.data.source import DataError
 from pullback.lab.data.text import Sentiment, sentiment
+from pullback.lab.data.topics import Topics, python_topics
 from pullback.lab.data.volumes import Brain, mni152
 
 __all__ = [
@@ -18,11 +19,13 @@ __all__ = [
     "DatasetCard",
     "Digits",
     "Sentiment",
+    "Topics",
     "digits8x8",
     "fixed_permutation",
     "mni152",
     "mnist",
     "photographs",
+    "python_topics",
     "sentiment",
     "split",
 ]
