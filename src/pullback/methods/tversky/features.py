@@ -1,4 +1,4 @@
-"""Feature banks and prototypes, and reading them: why a logit has its value, which features live, what they stand for."""
+"""Feature banks and prototypes, and reading them: why a logit has its value, which features live and what they mean."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from pullback.core.checks import choice, floating, integer
 from pullback.core.kinds import Layer
-from pullback.methods.tversky.forms import FLOOR, Form, Side, denominator, measures, pairwise, reduced, side
-
+from pullback.methods.tversky.forms import FLOOR, Form, Side, denominator, measures, reduced, side
 
 Init: TypeAlias = Literal["symmetric", "official"]
+FEWEST = 8  # rows and features from which on a gate that is open everywhere, or nowhere, is no chance
 
 
 class Bank(Protocol):
@@ -82,6 +82,7 @@ class FeatureBank(Layer):
         return F.linear(x, self.weight)
 
     def extra_repr(self) -> str:
+        """The sizes."""
         return f"in_features={self.in_features}, features={self.features}"
 
 
@@ -130,6 +131,7 @@ class EncodedRows(nn.Module):
         return self._encoder[0](self.inputs).flatten(1)
 
     def extra_repr(self) -> str:
+        """The shape of the inputs."""
         return f"inputs={tuple(self.inputs.shape)}"
 
 
@@ -265,6 +267,13 @@ class Diagnostics:
     prototype_grad_norms: Tensor | None
 
 
+def open_share(scores: Tensor) -> float:
+    """Share of positive scores; a half where all are exactly zero, which says nothing of the gates."""
+    if scores.shape[-2] * scores.shape[-1] < FEWEST * FEWEST or not bool(scores.any()):
+        return 0.5
+    return float((scores > 0).double().mean())
+
+
 @torch.no_grad()
 def diagnose(
     form: Form, s: Tensor, t: Tensor, scalars: tuple[Tensor, Tensor, Tensor], grads: tuple[Any, Any]
@@ -277,15 +286,18 @@ def diagnose(
         floored = float((bottom < FLOOR).double().mean())
     norms = [None if grad is None else grad.detach().flatten(1).norm(dim=1) for grad in grads]
     return Diagnostics(
-        _share(has),
-        _share(wants),
-        _share(~has.any(1)),
-        _share(~wants.any(1)),
-        (~has.any(0)).nonzero().flatten(),
-        (has.all(0) & wants.all(0)).nonzero().flatten(),
-        floored,
-        *(float(each) for each in scalars),
-        *norms,
+        input_active=_share(has),
+        prototype_active=_share(wants),
+        dead_inputs=_share(~has.any(1)),
+        dead_prototypes=_share(~wants.any(1)),
+        dead_features=(~has.any(0)).nonzero().flatten(),
+        saturated_features=(has.all(0) & wants.all(0)).nonzero().flatten(),
+        floored=floored,
+        theta=float(scalars[0]),
+        alpha=float(scalars[1]),
+        beta=float(scalars[2]),
+        feature_grad_norms=norms[0],
+        prototype_grad_norms=norms[1],
     )
 
 

@@ -8,8 +8,6 @@ and equations are those of Doumbouya et al., arXiv:2506.11035, and of its offici
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -94,9 +92,7 @@ def side(form: Form, scores: Tensor) -> Side:
     return Side(scores, scores * present, present, torch.sigmoid(-2 * form.sharpness * scores))
 
 
-def similarity(
-    form: Form, s: Tensor, t: Tensor | Side, theta: Tensor, alpha: Tensor, beta: Tensor
-) -> Tensor:
+def similarity(form: Form, s: Tensor, t: Tensor | Side, theta: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
     """S(x_i, y_j) for all pairs.
 
     Args:
@@ -130,7 +126,7 @@ def denominator(common: Tensor, mine: Tensor, theirs: Tensor, alpha: Tensor, bet
 
 
 def _contrast(a: Side, b: Side, theta: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
-    """theta u v' - alpha u (1 - Iy)' - beta (1 - Ix) v' as two products: what multiplies v' is added before."""
+    """Theta u v' - alpha u (1 - Iy)' - beta (1 - Ix) v' as two products: what multiplies v' is added before."""
     onto_v = theta * a.salience - beta * a.absent
     onto_absent = -alpha * a.salience
     if onto_v.dtype in _HALF:  # one product, so that the sum is rounded once
@@ -142,7 +138,7 @@ def _contrast(a: Side, b: Side, theta: Tensor, alpha: Tensor, beta: Tensor) -> T
 
 
 class _Contrast(torch.autograd.Function):
-    """`_contrast` of scores with hard gates. Backward takes three products, where autograd on the plain form takes four.
+    """`_contrast` of scores with hard gates. Its backward pass takes three products, autograd on the plain form four.
 
     Only the scores are kept; what depends on them is made again, which also makes double backward right.
     """
@@ -206,7 +202,7 @@ def measures(form: Form, a: Side, b: Side) -> tuple[Tensor, Tensor, Tensor]:
     inside_x, inside_y = product(a.salience, b.present), product(a.present, b.salience)
     mine = a.salience.sum(-1, dtype=dtype).unsqueeze(-1) - inside_x
     theirs = b.salience.sum(-1, dtype=dtype).unsqueeze(-2) - inside_y
-    least = None
+    least: Any = None
     if form.reduce == "feature" and (
         form.intersection in ("min", "max") or form.difference == "subtractmatch"
     ):
@@ -225,7 +221,7 @@ def measures(form: Form, a: Side, b: Side) -> tuple[Tensor, Tensor, Tensor]:
     elif form.intersection == "softmin":
         common = pairwise(form, "softmin", a, b)
     else:
-        common = least if form.intersection == "min" else inside_x + inside_y - least
+        common = inside_x + inside_y - least if form.intersection == "max" else least
     return common, mine, theirs
 
 
@@ -322,7 +318,9 @@ def _distance_backward(grad: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tens
     """Half of what every sum brings, minus half of the distance's gradient (sign(p - q), 0 at ties)."""
     grad, flipped = grad.contiguous(), grad.mT.contiguous()
     p, q = p.contiguous(), q.contiguous()
-    dp = torch.ops.aten._cdist_backward(grad, p, q, 1.0, grad)  # the distances themselves are not needed for 1.0
+    dp = torch.ops.aten._cdist_backward(
+        grad, p, q, 1.0, grad
+    )  # the distances themselves are not needed for 1.0
     dq = torch.ops.aten._cdist_backward(flipped, q, p, 1.0, flipped)
     return (grad.sum(-1, keepdim=True) - dp) / 2, (flipped.sum(-1, keepdim=True) - dq) / 2
 
@@ -350,45 +348,3 @@ def _share(kind: str, a: Tensor, b: Tensor) -> Tensor:
     if kind == "softmin":
         return torch.sigmoid(b - a)
     return torch.heaviside((b - a).detach(), torch.full((), 0.5, dtype=a.dtype, device=a.device))
-
-
-# --- the prototypes' side in evaluation ----------------------------------------------------------------------------
-
-
-class KeptSide:
-    """The gated scores of the prototypes, with the parameters and versions that they were made of."""
-
-    def __init__(self) -> None:
-        self.clear()
-
-    def clear(self) -> None:
-        self.owners: tuple[weakref.ref[Tensor], ...] = ()
-        self.stamp: tuple[Any, ...] = ()
-        self.side: Side | None = None
-
-    def get(self, owners: tuple[Tensor, ...], make: Callable[[], Side]) -> Side:
-        """What is kept if nothing has changed since, else what ``make`` gives."""
-        try:
-            stamp = _stamp(owners)
-        except RuntimeError:  # tensors without versions or storage: inside torch.func, or of inference mode
-            return make()
-        same = len(self.owners) == len(owners) and all(
-            ref() is each for ref, each in zip(self.owners, owners, strict=True)
-        )
-        if self.side is None or not same or self.stamp != stamp:
-            self.side = Side(*(each.detach() for each in make()))
-            self.owners, self.stamp = tuple(weakref.ref(each) for each in owners), stamp
-        return self.side
-
-    def __deepcopy__(self, memo: Any) -> KeptSide:
-        return KeptSide()
-
-    def __reduce__(self) -> tuple[type[KeptSide], tuple[()]]:
-        return KeptSide, ()
-
-
-def _stamp(owners: tuple[Tensor, ...]) -> tuple[Any, ...]:
-    kind = owners[0].device.type
-    cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    where = tuple((each._version, each.data_ptr(), each.dtype) for each in owners)
-    return (*where, cast, torch.is_inference_mode_enabled())

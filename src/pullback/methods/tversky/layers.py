@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
 from typing import Any, TypedDict, Unpack, final
 
 import torch
@@ -11,12 +10,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pullback.core.checks import choice, finite, floating, instance, integer
+from pullback.core.kept import Kept
 from pullback.core.kinds import Layer
+from pullback.core.swap import Names, swap_modules
 from pullback.methods.tversky import features as reading
 from pullback.methods.tversky.features import EncodedRows, FeatureBank, Init, Prototypes, new_weight
-from pullback.methods.tversky.forms import Difference, Form, Gate, Intersection, KeptSide, Model, Reduce, Side, side, similarity
-
-_FEWEST = 8  # rows and features from which on a gate that is open everywhere, or nowhere, is no chance
+from pullback.methods.tversky.forms import (
+    Difference,
+    Form,
+    Gate,
+    Intersection,
+    Model,
+    Reduce,
+    Side,
+    side,
+    similarity,
+)
 
 
 class FormOptions(TypedDict, total=False):
@@ -37,6 +46,10 @@ class FormOptions(TypedDict, total=False):
 class _Tversky(Layer):
     """What both layers share: bank, three weights, the form."""
 
+    theta: nn.Parameter
+    alpha: nn.Parameter
+    beta: nn.Parameter
+
     def __init__(
         self,
         in_features: int,
@@ -54,15 +67,14 @@ class _Tversky(Layer):
         self.init = choice("init", init, ("symmetric", "official"))
         self.form = form = Form(**options)
         self.normalize = instance("normalize", normalize, bool, fix="Pass True or False.")
-        self.feature_bank = self._bank(features, feature_bank, init, device, dtype)
         for name, value in zip(("theta", "alpha", "beta"), weights, strict=True):
             number = finite(name, value)
             if form.model == "ratio" and name != "theta" and number < 0:
                 raise ValueError(
-                    f"{name} must be >= 0 in the ratio model, whose denominator could vanish otherwise, got {number}. "
-                    "Start at 0 or above."
+                    f"{name} must be >= 0 in the ratio model, got {number}. Start at 0 or above."
                 )
             setattr(self, name, nn.Parameter(torch.tensor(number, device=device, dtype=dtype)))
+        self.feature_bank = self._bank(features, feature_bank, init, device, dtype)
         self.theta.requires_grad_(form.model == "contrast")  # the ratio model does not use it
         self._watched = False
 
@@ -105,10 +117,10 @@ class _Tversky(Layer):
 
     def _watch(self, s: Tensor, t: Tensor) -> None:
         """Look at the gates of the first training batch, once: the layer's only host read."""
-        if min(s.shape[-2], s.shape[-1]) < _FEWEST:
+        if min(s.shape[-2], s.shape[-1]) < reading.FEWEST:
             return
         try:
-            states = {"input": _open(s.detach()), "prototype": _open(t.detach())}
+            states = {"input": reading.open_share(s.detach()), "prototype": reading.open_share(t.detach())}
         except RuntimeError:  # inside torch.func.vmap no number can be read
             return
         self._watched = True
@@ -125,17 +137,9 @@ class _Tversky(Layer):
 
     def extra_repr(self) -> str:
         form = self.form
-        shown = [form.intersection, form.difference, form.model, form.reduce, form.gate]
-        return ", ".join(
-            [f"in_features={self.in_features}", *shown, *(["normalize"] if self.normalize else [])]
-        )
-
-
-def _open(scores: Tensor) -> float:
-    """Share of positive scores; a half where all are exactly zero, which says nothing of the gates."""
-    if scores.shape[-2] * scores.shape[-1] < _FEWEST * _FEWEST or not bool(scores.any()):
-        return 0.5
-    return float((scores > 0).double().mean())
+        kind = form.intersection, form.difference, form.model, form.reduce, form.gate
+        sizes = f"in_features={self.in_features}, out_features={getattr(self, 'out_features', None)}, "
+        return sizes + ", ".join(kind) + ", normalize" * self.normalize
 
 
 @final
@@ -210,8 +214,8 @@ class TverskyProjection(_Tversky):
     With all features in all sets, product contrast is the linear map ``theta x bank' bank prototypes'``. There are
     k d + m d + 3 parameters (a linear layer: m d + m) and no bias. Names in ``state_dict`` are those of the official
     code. In evaluation mode, without gradients to the parameters, the prototypes' side is kept from call to call and
-    made again when a parameter has changed; ``train()`` and ``eval()`` drop it. (Edits through ``.data`` leave no
-    trace: call ``eval()`` again after them.)
+    made again when a parameter has changed; ``train()`` and ``eval()`` drop it. Edits through
+    ``.data`` leave no trace: call ``eval()`` again after them.
 
     Args:
         in_features: d, width of the inputs.
@@ -267,7 +271,7 @@ class TverskyProjection(_Tversky):
             self.prototypes: Prototypes | EncodedRows = Prototypes(prototypes)
         else:
             self.prototypes = prototypes
-        self._kept = KeptSide()
+        self._kept = Kept[Side]()
 
     def train(self, mode: bool = True) -> TverskyProjection:
         """Set the mode, as in torch, and drop what evaluation kept."""
@@ -275,13 +279,16 @@ class TverskyProjection(_Tversky):
         return super().train(mode)
 
     def _prototype_scores(self, bank: Tensor) -> Tensor | Side:
-        owners = (bank, getattr(self.prototypes, "weight", None))
         changing = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
-        if self.training or changing or owners[1] is None or torch.compiler.is_compiling():
-            return self._scores(self.prototypes.rows(), bank)
-        if not isinstance(self.feature_bank, FeatureBank):  # an encoder may change unseen
-            return self._scores(self.prototypes.rows(), bank)
-        return self._kept.get(owners, lambda: side(self.form, self._scores(owners[1], bank)))
+        plain = isinstance(self.feature_bank, FeatureBank) and isinstance(self.prototypes, Prototypes)
+        rows = self.prototypes.rows()
+        if self.training or changing or not plain or torch.compiler.is_compiling():
+            return self._scores(rows, bank)  # an encoder's rows may change unseen
+        return self._kept.get((bank, rows), lambda: self._gated(rows, bank))
+
+    @torch.no_grad()
+    def _gated(self, rows: Tensor, bank: Tensor) -> Side:
+        return side(self.form, self._scores(rows, bank))
 
     def forward(self, x: Tensor) -> Tensor:
         """Similarities [..., m] of inputs [..., d] to every prototype.
@@ -321,16 +328,13 @@ class TverskyProjection(_Tversky):
         scalars = (self.theta, self.alpha, self.beta)
         return reading.diagnose(self.form, s.reshape(-1, s.shape[-1]), t, scalars, (grads[0], grads[1]))
 
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, out_features={self.out_features}"
-
 
 # --- in the place of linear layers ---------------------------------------------------------------------------------
 
 
 def replace_linear(
     model: nn.Module,
-    names: Sequence[str] | Callable[[str, nn.Module], bool],
+    names: Names,
     features: int | None = None,
     bank: FeatureBank | None = None,
     **options: Any,
@@ -356,32 +360,13 @@ def replace_linear(
         TypeError: if a named module is no linear layer (``nn.Linear``, or the Conv1D of transformers).
         ValueError: if a name is unknown, no layer is picked, or a bank does not fit. Nothing is changed then.
     """
-    instance("model", model, nn.Module)
-    if isinstance(names, str):
-        raise TypeError(f"names must be a list of names or a function, got {names!r}. Pass [{names!r}].")
-    places = dict(model.named_modules(remove_duplicate=False))
-    places.pop("")
-    if callable(names):
-        wanted = [n for n, m in places.items() if _widths(m) is not None and names(n, m)]
-    else:
-        wanted = list(names)
-    if not wanted:
-        raise ValueError(
-            f"names must pick at least one linear layer, got {names!r:.80}, which picks none. See model.named_modules()."
-        )
-    for name in wanted:
-        if name not in places:
-            raise ValueError(f"names must be names of modules, got {name!r}. See model.named_modules().")
-        if _widths(places[name]) is None:
-            kind = type(places[name]).__name__
-            raise TypeError(f"names must be of linear layers, got {name!r}, a {kind}. Name the layer itself.")
-    chosen = {id(places[name]): places[name] for name in wanted}
-    made = {key: _projection(model, old, features, bank, options) for key, old in chosen.items()}
-    for name, module in places.items():
-        if id(module) in made:
-            parent, _, last = name.rpartition(".")
-            setattr(model.get_submodule(parent), last, made[id(module)])
-    return len(made)
+    return swap_modules(
+        model,
+        names,
+        lambda old: _projection(model, old, features, bank, options),
+        fits=lambda module: _widths(module) is not None,
+        what="linear layer",
+    )
 
 
 def _widths(module: nn.Module) -> tuple[int, int] | None:
@@ -398,11 +383,8 @@ def _projection(
     model: nn.Module, old: Any, features: int | None, bank: FeatureBank | None, options: dict[str, Any]
 ) -> TverskyProjection:
     inputs, outputs = _widths(old) or (0, 0)
-    tied = any(
-        p is old.weight for m in model.modules() if m is not old for p in m._parameters.values()
-    )
+    tied = any(p is old.weight for m in model.modules() if m is not old for p in m._parameters.values())
     if tied and isinstance(old, nn.Linear):
         options = {**options, "prototypes": old.weight}
     place = {"device": old.weight.device, "dtype": old.weight.dtype}
-    new = TverskyProjection(inputs, outputs, features, feature_bank=bank, **{**place, **options})
-    return new.train(old.training)
+    return TverskyProjection(inputs, outputs, features, feature_bank=bank, **{**place, **options})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -57,7 +56,7 @@ CASES = (
         Case(
             name=f"TverskyProjection[{name}]",
             kind="layer",
-            build=partial(TverskyProjection, 8, 5, 12, **form),
+            build=lambda form=form: TverskyProjection(8, 5, 12, **form),
             shape=lambda size: (*size[:-1], 5),
             bad=BAD if name == "product" else (),
         )
@@ -66,7 +65,7 @@ CASES = (
     Case(
         name="TverskyProjection[cdist]",
         kind="layer",
-        build=partial(TverskyProjection, 8, 5, 12, intersection="max", reduce="feature"),
+        build=lambda: TverskyProjection(8, 5, 12, intersection="max", reduce="feature"),
         shape=lambda size: (*size[:-1], 5),
     ),
     Case(
