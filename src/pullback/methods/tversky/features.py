@@ -178,7 +178,7 @@ def explain(form: Form, s: Tensor, t: Tensor, theta: Tensor, alpha: Tensor, beta
         alpha: weight of what the input has alone, 0-dim.
         beta: weight of what the prototype has alone, 0-dim.
     """
-    a, b = (side(form, each.detach().double().unsqueeze(0)) for each in (s, t))
+    a, b = (side(form, each.detach().double().unsqueeze(0), whole=True) for each in (s, t))
     weights = [each.detach().double() for each in (theta, alpha, beta)]
     common, offset = _common(form, a, b)
     mine, theirs = _distinct(form, a, b), _distinct(form, b, a)

@@ -75,21 +75,35 @@ class Form:
 
 
 class Side(NamedTuple):
-    """One set of objects: scores, saliences ``u``, memberships, and what is missing (one minus membership)."""
+    """One set of objects: scores, saliences ``u``, memberships, and one minus those.
+
+    Of the last two a form needs one only; the other is None.
+    """
 
     scores: Tensor
     salience: Tensor
-    present: Tensor
-    absent: Tensor
+    present: Any
+    absent: Any
 
 
-def side(form: Form, scores: Tensor) -> Side:
-    """Gate scores [..., n, k]; memberships have the dtype of the scores, a score of 0 is no member."""
+def side(form: Form, scores: Tensor, *, whole: bool = False) -> Side:
+    """Gate scores [..., n, k]; memberships have the dtype of the scores, a score of 0 is no member.
+
+    Args:
+        form: which similarity.
+        scores: inner products with the features.
+        whole: give both memberships and what is absent, needed or not.
+    """
+    lean = form.intersection == "product" and form.difference == "ignorematch"
     if form.gate == "hard":
-        present, absent = (scores > 0).to(scores.dtype), (scores <= 0).to(scores.dtype)
-        return Side(scores, scores.relu(), present, absent)
-    present = torch.sigmoid(2 * form.sharpness * scores)  # = (1 + tanh(c s)) / 2
-    return Side(scores, scores * present, present, torch.sigmoid(-2 * form.sharpness * scores))
+        salience = scores.relu()
+        present = (scores > 0).to(scores.dtype) if whole or not lean else None
+        absent = (scores <= 0).to(scores.dtype) if whole or lean else None
+    else:
+        present = torch.sigmoid(2 * form.sharpness * scores)  # = (1 + tanh(c s)) / 2
+        salience = scores * present
+        absent = torch.sigmoid(-2 * form.sharpness * scores) if whole or lean else None
+    return Side(scores, salience, present, absent)
 
 
 def similarity(form: Form, s: Tensor, t: Tensor | Side, theta: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
@@ -106,11 +120,9 @@ def similarity(form: Form, s: Tensor, t: Tensor | Side, theta: Tensor, alpha: Te
     Returns:
         Similarities [..., n, m] in the dtype of ``s``; of half-precision scores sums are taken in float32.
     """
-    if form.fused and form.gate == "hard" and isinstance(t, Tensor):
-        return _Contrast.apply(s, t, theta, alpha, beta)
     a, b = side(form, s), t if isinstance(t, Side) else side(form, t)
     if form.fused:
-        return _contrast(a, b, theta, alpha, beta)
+        return _Contrast.apply(a.salience, a.absent, b.salience, b.absent, theta, alpha, beta)
     common, mine, theirs = measures(form, a, b)
     if form.model == "contrast":
         return (theta * common - alpha * mine - beta * theirs).to(s.dtype)
@@ -125,29 +137,26 @@ def denominator(common: Tensor, mine: Tensor, theirs: Tensor, alpha: Tensor, bet
 # --- product and ignorematch in the contrast model ---------------------------------------------------------------
 
 
-def _contrast(a: Side, b: Side, theta: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
-    """Theta u v' - alpha u (1 - Iy)' - beta (1 - Ix) v' as two products: what multiplies v' is added before."""
-    onto_v = theta * a.salience - beta * a.absent
-    onto_absent = -alpha * a.salience
-    if onto_v.dtype in _HALF:  # one product, so that the sum is rounded once
-        return torch.cat([onto_v, onto_absent], -1) @ torch.cat([b.salience, b.absent], -1).mT
-    first = onto_absent @ b.absent.mT
-    if first.dim() == 2:
-        return torch.addmm(first, onto_v, b.salience.mT)
-    return first + onto_v @ b.salience.mT
-
-
 class _Contrast(torch.autograd.Function):
-    """`_contrast` of scores with hard gates. Its backward pass takes three products, autograd on the plain form four.
+    """theta u v' - alpha u (1 - Iy)' - beta (1 - Ix) v' in two products: what multiplies v' is added up before.
 
-    Only the scores are kept; what depends on them is made again, which also makes double backward right.
+    Inputs are u [.., n, k], 1 - Ix, v [.., m, k], 1 - Iy and the weights. The backward pass takes three products (four
+    where gates are soft), autograd on the formula as it stands four (six).
     """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(s: Tensor, t: Tensor, theta: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
-        return _contrast(side(_HARD, s), side(_HARD, t), theta, alpha, beta)
+    def forward(
+        u: Tensor, no_x: Tensor, v: Tensor, no_y: Tensor, theta: Tensor, alpha: Tensor, beta: Tensor
+    ) -> Tensor:
+        onto_v, onto_absent = theta * u - beta * no_x, -alpha * u
+        if onto_v.dtype in _HALF:  # one product, so that the sum is rounded once
+            return torch.cat([onto_v, onto_absent], -1) @ torch.cat([v, no_y], -1).mT
+        first = onto_absent @ no_y.mT
+        if first.dim() == 2:
+            return torch.addmm(first, onto_v, v.mT)
+        return first + onto_v @ v.mT
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:  # noqa: ARG004
@@ -155,25 +164,25 @@ class _Contrast(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        s, t, theta, alpha, beta = ctx.saved_tensors
+        u, no_x, v, no_y, theta, alpha, beta = ctx.saved_tensors
         (grad,) = grads
-        a, b = side(_HARD, s), side(_HARD, t)
-        ds = dt = None
-        scalars: list[Tensor | None] = [None, None, None]
-        if ctx.needs_input_grad[0] or any(ctx.needs_input_grad[2:]):
-            by_salience, by_absent = grad @ b.salience, grad @ b.absent
-            ds = torch.ops.aten.threshold_backward(theta * by_salience - alpha * by_absent, s, 0)
-            pairs = ((a.salience, by_salience, 1), (a.salience, by_absent, -1), (a.absent, by_salience, -1))
-            for index, (left, right, sign) in enumerate(pairs):
-                if ctx.needs_input_grad[2 + index]:
-                    scalars[index] = sign * (left * right).sum(dtype=_wide(left.dtype)).to(theta.dtype)
-        if ctx.needs_input_grad[1]:
-            onto_v = theta * a.salience - beta * a.absent
-            dt = torch.ops.aten.threshold_backward(grad.mT @ onto_v, t, 0)
-        return ds, dt, *scalars
-
-
-_HARD = Form()
+        needs = ctx.needs_input_grad
+        back: list[Tensor | None] = [None] * 7
+        if needs[0] or needs[1] or any(needs[4:]):
+            by_v = grad @ v
+            by_absent = grad @ no_y if needs[0] or needs[5] else u
+            if needs[0]:
+                back[0] = theta * by_v - alpha * by_absent
+            if needs[1]:
+                back[1] = -beta * by_v
+            for index, left, right, sign in ((4, u, by_v, 1), (5, u, by_absent, -1), (6, no_x, by_v, -1)):
+                if needs[index]:
+                    back[index] = (sign * (left * right).sum(dtype=_wide(left.dtype))).to(theta.dtype)
+        if needs[2]:
+            back[2] = grad.mT @ (theta * u - beta * no_x)
+        if needs[3]:
+            back[3] = grad.mT @ (-alpha * u)
+        return tuple(back)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -252,7 +261,7 @@ def _root(one: Side) -> Tensor:
 def pairwise(form: Form, kind: Literal["min", "softmin"], a: Side, b: Side) -> Tensor:
     """Sum over features of Psi(s, t) gx gy, [..., n, m], in float32 for half precision."""
     dtype = _wide(a.scores.dtype)
-    wide_a, wide_b = (Side(*(each.to(dtype) for each in one)) for one in (a, b))
+    wide_a, wide_b = (Side(*(e if e is None else e.to(dtype) for e in one)) for one in (a, b))
     if kind == "min" and form.gate == "hard":  # saliences are gated already
         return _Pairwise.apply(wide_a.salience, wide_b.salience, None, None, kind, form.chunk)
     inputs = (wide_a.scores, wide_b.scores, wide_a.present, wide_b.present)
