@@ -1,4 +1,4 @@
-"""Cost of Tversky layers: time of training and of evaluation beside the official package, and memory of what is kept."""
+"""Cost of Tversky layers: time of training and of evaluation beside the official package, and what is kept."""
 
 from __future__ import annotations
 
