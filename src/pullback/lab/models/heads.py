@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -142,3 +143,39 @@ def held_out(model: nn.Module, rows: Tensor) -> float:
         for r in rows.split(32)
     ]
     return float(torch.stack(losses).sum() / (rows.shape[0] * (rows.shape[1] - 1)))
+
+
+def fit_words(
+    model: nn.Module,
+    text: Tensor,
+    context: int,
+    size: tuple[int, int],
+    lr: float,
+    seed: int,
+    note: Callable[[str, float, int], None],
+) -> None:
+    """Adam with a linear decay on next-word cross-entropy.
+
+    Args:
+        model: maps ids [n, context] to logits [n, context, vocabulary].
+        text: ids [words].
+        context: words of an example.
+        size: steps, and examples of a step; which ones depends on the seed alone.
+        lr: first learning rate.
+        seed: of the examples.
+        note: called with ``"loss"``, its value and the step, every 50 steps.
+    """
+    steps, batch = size
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    starts = torch.randint(len(text) - context - 1, (steps, batch), generator=generator("words", seed))
+    offsets = torch.arange(context + 1)
+    for step in range(steps):
+        rows = text[starts[step].unsqueeze(1) + offsets]
+        loss = F.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step % 50 == 49:
+            note("loss", float(loss.detach()), step + 1)
