@@ -40,6 +40,13 @@ def test_a_value_is_made_once_until_something_is_written():
     assert not kept.full
 
 
+def test_another_tensor_at_the_same_place_is_another():
+    both, kept = torch.arange(3.0), Kept()
+    short, long = both[:2], both[:3]
+    assert len(kept.get([short], short.clone)) == 2
+    assert len(kept.get([long], long.clone)) == 3
+
+
 @pytest.mark.parametrize(
     "make_optimizer",
     [

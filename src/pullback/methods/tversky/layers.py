@@ -280,10 +280,9 @@ class TverskyProjection(_Tversky):
 
     def _prototype_scores(self, bank: Tensor) -> Tensor | Side:
         changing = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
-        plain = isinstance(self.feature_bank, FeatureBank) and isinstance(self.prototypes, Prototypes)
         rows = self.prototypes.rows()
-        if self.training or changing or not plain or torch.compiler.is_compiling():
-            return self._scores(rows, bank)  # an encoder's rows may change unseen
+        if self.training or changing or torch.compiler.is_compiling():
+            return self._scores(rows, bank)
         return self._kept.get((bank, rows), lambda: self._gated(rows, bank))
 
     @torch.no_grad()

@@ -148,7 +148,7 @@ class Language:
 
 def language_model(cfg: Language, arm: str, seed: int) -> CausalTransformer:
     """Two blocks and a head tied to the embedding; ``tversky`` has one bank in head and attention outputs."""
-    model = CausalTransformer(cfg.vocabulary, cfg.context, cfg.width, 4, 2, generator("language", seed))
+    model: Any = CausalTransformer(cfg.vocabulary, cfg.context, cfg.width, 4, 2, generator("language", seed))
     model.head = nn.Linear(cfg.width, cfg.vocabulary, bias=False)
     model.head.weight = model.symbol.weight
     torch.manual_seed(stream_seed("tversky-language", seed))

@@ -76,14 +76,35 @@ def test_empty_batches_and_one_prototype(intersection, reduce):
 
 
 def test_bfloat16_is_rounded_once():
-    """One product sums in float32: the error is that of rounding inputs and outcome, whatever k."""
-    layer = head(k=512).bfloat16()
-    x = rows(16, 6).bfloat16()
-    out, exact = layer(x), copy.deepcopy(layer).double()(x.double())
+    """257 features in common and 256 of the input alone: 1, though bfloat16 holds no 257."""
+    layer = head(d=513, m=1, k=513, alpha=1.0).bfloat16()
+    with torch.no_grad():
+        layer.feature_bank.weight.copy_(torch.eye(513))
+        layer.prototypes.weight.copy_(torch.where(torch.arange(513) < 257, 1.0, -1.0))
+    out = layer(torch.ones(2, 513, dtype=torch.bfloat16))
     assert out.dtype == torch.bfloat16
-    error = (out.double() - exact).abs().max() / exact.abs().max()
-    assert error < 0.02
-    assert layer(x[:0]).dtype == torch.bfloat16
+    assert out.flatten().tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("form", [{"difference": "subtractmatch"}, {"model": "ratio"}, {"reduce": "feature"}])
+def test_bfloat16_of_the_other_forms(form):
+    layer, x = head(k=64, intersection="min", **form).bfloat16(), rows(16, 6).bfloat16()
+    out, exact = layer(x).detach(), copy.deepcopy(layer).double()(x.double()).detach()
+    assert out.dtype == torch.bfloat16
+    assert float((out.double() - exact).abs().max() / exact.abs().max()) < 0.02
+
+
+def test_first_weights():
+    torch.manual_seed(0)
+    for init, low, high in (("symmetric", -1 / 8, 1 / 8), ("official", 0.0, 1.0)):
+        layer: Any = TverskyProjection(64, 100, 200, init=init)
+        for weight in (layer.feature_bank.weight, layer.prototypes.weight):
+            for found, wanted in ((weight.min(), low), (weight.max(), high)):
+                assert found.item() == pytest.approx(wanted, abs=0.01 * (high - low))
+    before = layer.feature_bank.weight.detach().clone()
+    layer.feature_bank.reset_parameters()
+    assert not torch.equal(before, layer.feature_bank.weight)
+    assert layer.feature_bank.weight.min().item() >= 0
 
 
 def test_autocast_keeps_parameters_in_float32():

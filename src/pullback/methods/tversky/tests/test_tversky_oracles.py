@@ -73,6 +73,71 @@ def test_blocks_change_nothing(intersection, difference, gate):
             torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
 
 
+def positive(a, b):
+    return (a > 0) & (b > 0)
+
+
+def plain(layer, x, y):
+    """The formula on all pairs times features, for autograd."""
+    form, bank = layer.form, layer.feature_bank.weight
+    s, t = (x @ bank.T)[:, None], (y @ bank.T)[None]
+    gx, gy = (
+        (e > 0).to(e.dtype) if form.gate == "hard" else (1 + torch.tanh(form.sharpness * e)) / 2
+        for e in (s, t)
+    )
+    functions = {
+        "product": lambda a, b: a * b,
+        "min": torch.minimum,
+        "max": torch.maximum,
+        "mean": lambda a, b: (a + b) / 2,
+        "gmean": lambda a, b: torch.where(positive(a, b), torch.where(positive(a, b), a * b, 1).sqrt(), 0),
+        "softmin": lambda a, b: -torch.log(torch.exp(-a) + torch.exp(-b)),
+    }
+    psi, both = functions[form.intersection], gx * gy
+    inside = (s * both).sum(-1), (t * both).sum(-1)
+    early = form.reduce == "feature" or form.intersection == "product"
+    common = (psi(s, t) * both).sum(-1) if early else psi(*inside)
+    mine, theirs = (s * gx * (1 - gy)).sum(-1), (t * gy * (1 - gx)).sum(-1)
+    if form.difference == "subtractmatch" and form.reduce == "feature":
+        mine, theirs = mine + ((s - t).relu() * both).sum(-1), theirs + ((t - s).relu() * both).sum(-1)
+    elif form.difference == "subtractmatch":
+        mine, theirs = mine + (inside[0] - inside[1]).relu(), theirs + (inside[1] - inside[0]).relu()
+    return layer.theta * common - layer.alpha * mine - layer.beta * theirs
+
+
+@pytest.mark.parametrize("gate", ["hard", "tanh"])
+@pytest.mark.parametrize("reduce", ["aggregate", "feature"])
+@pytest.mark.parametrize(("intersection", "difference"), REDUCTIONS)
+def test_gradients_equal_those_of_the_plain_formula(intersection, difference, reduce, gate):
+    (x, y), bank = points(5, 4), points(7, 1, seed=1)[0]
+    if gate == "tanh" and intersection == "gmean" and reduce == "aggregate":
+        bank = bank.abs()  # all sums are positive, and the gates still soft
+        x, y = x.abs() / 4, y.abs() / 4
+    probe = points(5, 1, d=4, seed=3)[0]
+    for chunk in (None, 3):
+        layer = layer_with(
+            bank, intersection=intersection, difference=difference, reduce=reduce, gate=gate, sharpness=1.5,
+            chunk=chunk,
+        )  # fmt: skip
+        leaves = [x.requires_grad_(), y.requires_grad_(), *layer.parameters()]
+        for one, other in zip(
+            torch.autograd.grad(layer(x, y), leaves, probe),
+            torch.autograd.grad(plain(layer, x, y), leaves, probe),
+            strict=True,
+        ):
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("chunk", [None, 1])
+def test_ties_are_halved_as_by_torch(chunk):
+    bank = torch.eye(3, dtype=torch.float64)
+    x = torch.tensor([[1.0, 2.0, -1.0]], dtype=torch.float64).requires_grad_()
+    y = x.detach().clone().requires_grad_()
+    layer = layer_with(bank, 1.0, 0.0, 0.0, intersection="min", reduce="feature", chunk=chunk)
+    for grad in torch.autograd.grad(layer(x, y).sum(), [x, y]):
+        assert grad.tolist() == [[0.5, 0.5, 0.0]]
+
+
 # --- the official code ----------------------------------------------------------------------------------------------
 
 

@@ -89,11 +89,11 @@ def test_diagnostics_count_what_lives():
     layer = head(d=3, m=2, k=4)
     with torch.no_grad():
         layer.feature_bank.weight.copy_(torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [-1, -1, -1]]))
-        layer.prototypes.weight.copy_(torch.tensor([[1.0, 1, 0], [1, 0, 0]]))
+        layer.prototypes.weight.copy_(torch.tensor([[1.0, 1, 0], [1, 2, 0]]))
     x = torch.tensor([[1.0, 0, 0], [2, 1, 0], [1, 1, 0], [1, -1, 0]], dtype=torch.float64)
     said = layer.diagnostics(x)
     assert said.input_active == pytest.approx(6 / 16)
-    assert said.prototype_active == pytest.approx(3 / 8)
+    assert said.prototype_active == pytest.approx(4 / 8)
     assert said.dead_inputs == 0.0
     assert said.dead_prototypes == 0.0
     assert said.dead_features.tolist() == [2, 3]
