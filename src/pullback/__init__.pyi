@@ -43,6 +43,10 @@ from pullback.methods.sam_gs import multitask_backward as multitask_backward
 from pullback.methods.tract import TrAct as TrAct
 from pullback.methods.tract import precondition_input as precondition_input
 from pullback.methods.tract import tract as tract
+from pullback.methods.tversky import FeatureBank as FeatureBank
+from pullback.methods.tversky import TverskyProjection as TverskyProjection
+from pullback.methods.tversky import TverskySimilarity as TverskySimilarity
+from pullback.methods.tversky import replace_linear as replace_linear
 
 __version__: str
 
@@ -55,6 +59,7 @@ __all__ = [
     "ConflictMonitor",
     "ConflictResolver",
     "DomainAdversarialLoss",
+    "FeatureBank",
     "GradientAnnealing",
     "GradientConductor",
     "GradientHistograms",
@@ -73,6 +78,8 @@ __all__ = [
     "ShallowDANN",
     "TaskAccumulator",
     "TrAct",
+    "TverskyProjection",
+    "TverskySimilarity",
     "add_gradient_noise_",
     "attach",
     "cite",
@@ -86,6 +93,7 @@ __all__ = [
     "multitask_backward",
     "precondition_input",
     "proxy_a_distance",
+    "replace_linear",
     "schedules",
     "solution_stability",
     "tract",

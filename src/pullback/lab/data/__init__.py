@@ -12,6 +12,7 @@ from pullback.lab.data.source import DataError
 from pullback.lab.data.text import Sentiment, sentiment
 from pullback.lab.data.topics import Topics, python_topics
 from pullback.lab.data.volumes import Brain, mni152
+from pullback.lab.data.words import Words, python_words
 
 __all__ = [
     "Brain",
@@ -20,12 +21,14 @@ __all__ = [
     "Digits",
     "Sentiment",
     "Topics",
+    "Words",
     "digits8x8",
     "fixed_permutation",
     "mni152",
     "mnist",
     "photographs",
     "python_topics",
+    "python_words",
     "sentiment",
     "split",
 ]
