@@ -111,6 +111,7 @@ class EncodedRows(nn.Module):
         encoder: maps them to [m, d]. It is not registered here: it belongs to the model that trains it.
 
     Example:
+        >>> import pullback
         >>> encoder = nn.Sequential(nn.Flatten(), nn.Linear(64, 16))
         >>> prototypes = EncodedRows(torch.rand(10, 8, 8), encoder)
         >>> head = pullback.TverskyProjection(16, 10, 32, prototypes=prototypes)
