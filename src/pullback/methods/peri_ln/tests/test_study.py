@@ -38,7 +38,7 @@ def test_arms_of_a_seed_start_equal_but_for_their_norms():
         arm: sum(p.dim() == 1 for p in model.parameters())
         for arm, model in zip(study.PLACEMENT, models, strict=True)
     }
-    assert norms == {"pre": 5, "peri": 10, "post": 4, "output": 5, "pre_embedded": 6}
+    assert norms == {"pre": 5, "peri": 10, "post": 4, "output": 6, "pre_embedded": 6}
 
 
 def test_one_run_holds_every_rate():
