@@ -91,7 +91,12 @@ def _shape(name: str, tensor: Tensor | None) -> tuple[Any, ...]:
 
 def unsteady(module: nn.Module) -> bool:
     """Whether two calls in a row would differ or leave a trace: dropout or running statistics, in training."""
-    return any(m.training and (isinstance(m, _RANDOM) or bool(m._buffers)) for m in tree(module))
+    return keeps_statistics(module) or any(m.training and isinstance(m, _RANDOM) for m in tree(module))
+
+
+def keeps_statistics(module: nn.Module) -> bool:
+    """Whether a call edits buffers: running statistics, in training."""
+    return any(m.training and bool(m._buffers) for m in tree(module))
 
 
 def plain(branches: Sequence[nn.Module]) -> str:
@@ -319,6 +324,22 @@ def jvp(function: Callable[[Tensor], Tensor], x: Tensor, tangent: Tensor) -> tup
     if not torch.compiler.is_compiling():
         _load_rules()
     return torch.func.jvp(function, (x,), (tangent,))
+
+
+def jvp_with_statistics(branch: nn.Module, x: Tensor, tangent: Tensor) -> tuple[Tensor, Tensor]:
+    """As `jvp` of a module that edits its buffers, which forward mode allows only on copies; they are kept."""
+    own = dict(branch.named_buffers())
+
+    def call(v: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        copies = {name: buffer.clone() for name, buffer in own.items()}
+        return torch.func.functional_call(branch, copies, (v,)), copies
+
+    _load_rules()
+    out, turned, edited = torch.func.jvp(call, (x,), (tangent,), has_aux=True)
+    with torch.no_grad():
+        for name, buffer in own.items():
+            buffer.copy_(edited[name])
+    return out, turned
 
 
 @cache

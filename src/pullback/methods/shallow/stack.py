@@ -88,7 +88,7 @@ class ResidualStack(Layer):
         self.chunk = None if chunk is None else checks.integer("chunk", chunk, minimum=1)
         self._seen: list[nn.Module] = []
         self._how: Wide | Literal["vmap", "loop"] = "loop"
-        self._stackable = False
+        self._hooked = self._stackable = False
         self._copied: list[tuple[Tensor, int]] = []
         self._apart = False
         for name in _COPIES:
@@ -202,7 +202,7 @@ class ResidualStack(Layer):
         how = self._plan()
         if how == "loop" and self.fuse == "auto" and x.device.type != "cpu" and self._stackable:
             how = "vmap"
-        if how == "vmap" and any(m.training and m._buffers for m in fused.tree(self._inner()[0])):
+        if how == "vmap" and fused.keeps_statistics(self._inner()[0]):
             how = "loop"  # running statistics are edited in place
         if how == "loop" or (order == 2 and not steady):
             return self._looped(x, order)
@@ -231,9 +231,21 @@ class ResidualStack(Layer):
             if order == 1:
                 total = total + _checked(branch, x, k)
                 continue
-            value, turned = fused.jvp(partial(_checked, branch, k=k), x, total.to(x.dtype))
+            value, turned = self._product(branch, x, total.to(x.dtype), k)
             total, second = total + value, turned if second is None else second + turned
         return total, second
+
+    def _product(self, branch: Callable[[Tensor], Tensor], x: Tensor, tangent: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """F_k(x) and J_k(x) t."""
+        if not fused.keeps_statistics(self.blocks[k]):
+            return fused.jvp(partial(_checked, branch, k=k), x, tangent)
+        if not isinstance(branch, nn.Module):
+            raise RuntimeError(
+                f"branch must be a module for order 2 with running statistics in training, got {_name(self.branch)}. "
+                "Name the block's child, or set the statistics to evaluation mode."
+            )
+        value, turned = fused.jvp_with_statistics(branch, x, tangent)
+        return _same_shape(value, x, k), turned
 
     def _wide(self, how: Wide, x: Tensor, order: int) -> tuple[Tensor, Tensor | None]:
         branches, apart = self._inner(), order == 2
@@ -275,9 +287,9 @@ class ResidualStack(Layer):
             return self._how
         found = [module for block in self.blocks for module in fused.tree(block)]
         known = len(found) == len(self._seen) and all(map(operator.is_, found, self._seen))
-        if not known or (self._how != "loop" and any(map(fused.hooked, found))):
-            self._how = self._choose()
-            self._seen = found
+        hooked = any(map(fused.hooked, found))
+        if not known or hooked is not self._hooked:
+            self._how, self._seen, self._hooked = self._choose(), found, hooked
         return self._how
 
     def _choose(self) -> Wide | Literal["vmap", "loop"]:
@@ -352,7 +364,7 @@ def _branch(branch: Branch) -> Branch:
     return branch
 
 
-def _name(function: Callable[..., Tensor]) -> str:
+def _name(function: object) -> str:
     return getattr(function, "__name__", type(function).__name__)
 
 
