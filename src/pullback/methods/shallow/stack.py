@@ -235,7 +235,9 @@ class ResidualStack(Layer):
             total, second = total + value, turned if second is None else second + turned
         return total, second
 
-    def _product(self, branch: Callable[[Tensor], Tensor], x: Tensor, tangent: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def _product(
+        self, branch: Callable[[Tensor], Tensor], x: Tensor, tangent: Tensor, k: int
+    ) -> tuple[Tensor, Tensor]:
         """F_k(x) and J_k(x) t."""
         if not fused.keeps_statistics(self.blocks[k]):
             return fused.jvp(partial(_checked, branch, k=k), x, tangent)
