@@ -2,45 +2,58 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pullback.lab.figures.style import BASELINE, INK, METHOD, MUTED, panels
+from pullback.lab.result import TrialResult
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
 def paired_losses(
-    baseline: np.ndarray, method: np.ndarray, ratio: np.ndarray, gap: np.ndarray, *, within: float = 0.2
+    result: TrialResult, arms: tuple[str, str], columns: Sequence[str], *, within: float = 0.2
 ) -> Figure:
-    """Losses of both arms against each other, coloured by ``ratio``, and their log ratio against ``gap``.
+    """Losses of two arms against each other, coloured by Q, and the log ratio against the gap of the first one.
 
     Args:
-        baseline: losses [n], positive.
-        method: losses [n] of the same configurations and seeds.
-        ratio: the determination ratio Q of each [n], positive.
-        gap: what may predict the difference [n].
+        result: whose runs have logged an array ``shapes`` [configurations, columns].
+        arms: the two arms.
+        columns: names of its columns; of these are used ``loss`` (its logarithm), ``q`` and ``gap``.
         within: relative difference that the band shows.
     """
+    rows = [
+        {c.seed: c.arrays["shapes"] for c in result.cells if c.arm == arm and "shapes" in c.arrays}
+        for arm in arms
+    ]
+    seeds = sorted(rows[0].keys() & rows[1].keys())
     figure, (left, right) = panels(2, height=3.3)
-    left.set(xlabel="loss, sequential", ylabel="loss, parallel", xscale="log", yscale="log")
-    right.set(xlabel="truncation gap of the sequential network", ylabel="log(parallel / sequential)")
-    if not len(baseline):
+    left.set(xlabel=f"loss, {arms[0]}", ylabel=f"loss, {arms[1]}", xscale="log", yscale="log")
+    right.set(xlabel=f"truncation gap, {arms[0]}", ylabel=f"log({arms[1]} / {arms[0]})")
+    if not seeds:
         return figure
-    ends = np.array([min(baseline.min(), method.min()) * 0.9, max(baseline.max(), method.max()) * 1.1])
+    one, other = (np.concatenate([found[seed] for seed in seeds]) for found in rows)
+    q, loss, gap = (list(columns).index(name) for name in ("q", "loss", "gap"))
+    x, y = np.exp(one[:, loss]), np.exp(other[:, loss])
+    ends = np.array([min(x.min(), y.min()) * 0.9, max(x.max(), y.max()) * 1.1])
     left.fill_between(ends, ends * (1 - within), ends * (1 + within), color=MUTED, alpha=0.15, linewidth=0)
     left.plot(ends, ends, color=BASELINE, linewidth=0.8)
-    dots = left.scatter(
-        baseline, method, c=np.log10(ratio), cmap="viridis", s=22, edgecolors=INK, linewidths=0.3
-    )
+    shade = np.log10(one[:, q])
+    dots = left.scatter(x, y, c=shade, cmap="viridis", s=22, edgecolors=INK, linewidths=0.3)
     figure.colorbar(dots, ax=left, label="log10 Q", shrink=0.8)
-    difference = np.log(method / baseline)
     right.axhline(0.0, color=BASELINE, linewidth=0.8)
-    right.plot(gap, difference, "o", markersize=4, color=METHOD, alpha=0.7)
-    if len(gap) > 2 and np.ptp(gap) > 0 and np.ptp(difference) > 0:
-        from scipy.stats import spearmanr
-
-        right.set_title(f"rank correlation {float(spearmanr(gap, difference).statistic):.2f}")
+    right.plot(one[:, gap], np.log(y / x), "o", markersize=4, color=METHOD, alpha=0.7)
+    right.set_title(f"rank correlation {_ranks(one[:, gap], np.log(y / x))}")
     return figure
+
+
+def _ranks(x: np.ndarray, y: np.ndarray) -> str:
+    """Spearman's, or a dash where there is none."""
+    from scipy.stats import spearmanr
+
+    if len(x) < 3 or not np.ptp(x) or not np.ptp(y):
+        return "-"
+    return f"{float(spearmanr(x, y).statistic):.2f}"

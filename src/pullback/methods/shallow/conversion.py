@@ -131,8 +131,8 @@ def shallow_(
     for container, groups in found.edges.items():
         stacks: dict[tuple[int, int], nn.Module] = {}
         for start, stop in groups:
-            blocks = list(container._modules.values())[start:stop]
-            inputs = [found.seen[block].x for block in blocks if block is not None]
+            blocks = [b for b in list(container._modules.values())[start:stop] if b is not None]
+            inputs = [found.seen[block].x for block in blocks]
             where = _verified(blocks, inputs, names, branch, fold_post_activation, tolerance)
             made.append(ResidualStack(blocks, mode="sequential", branch=where, fuse=fuse, chunk=chunk))
             stacks[start, stop] = made[-1]
@@ -284,7 +284,7 @@ def _forked(device: torch.device) -> Any:
 
 
 def _verified(
-    blocks: Sequence[nn.Module | None],
+    blocks: Sequence[nn.Module],
     inputs: Sequence[Tensor],
     names: Mapping[nn.Module, str],
     branch: Branch,
@@ -292,7 +292,7 @@ def _verified(
     tolerance: float,
 ) -> Branch:
     """The branch that serves all blocks of a run, each verified."""
-    rows = [(block, x) for block, x in zip(blocks, inputs, strict=True) if block is not None]
+    rows = list(zip(blocks, inputs, strict=True))
     options: list[Branch] = [branch] if branch is not None else _children(rows[0][0])
     errors: dict[str, float] = {}
     for option in options:

@@ -6,15 +6,15 @@ import operator
 import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 
 from pullback.core import branches as fused
 from pullback.core import checks
-from pullback.core.branches import Weights, Wide
 from pullback.core.kinds import Layer
+from pullback.core.wide import Weights, Wide
 
 Mode: TypeAlias = Literal["sequential", "parallel"]
 """Blocks one after the other, or all on the input of the stack."""
@@ -139,17 +139,14 @@ class ResidualStack(Layer):
 
     @property
     def plan(self) -> Literal["wide", "vmap", "loop"]:
-        """How parallel branches are computed now; ``"auto"`` takes ``"vmap"`` for ``"loop"`` off the CPU."""
+        """How parallel branches are computed on a CPU now."""
         how = self._plan()
         return "wide" if isinstance(how, Wide) else how
 
     def extra_repr(self) -> str:
         """Settings, for the module's printed form."""
-        named = self.branch if self.branch is None or isinstance(self.branch, str) else _name(self.branch)
-        return (
-            f"mode={self.mode!r}, order={self.order}, branch_scale={self.branch_scale}, branch={named}, "
-            f"fuse={self.fuse!r}"
-        )
+        settings = f"mode={self.mode!r}, order={self.order}, branch_scale={self.branch_scale}"
+        return f"{settings}, branch={_name(self.branch)}, fuse={self.fuse!r}"
 
     # --- forms --------------------------------------------------------------------------------------------------
 
@@ -176,9 +173,9 @@ class ResidualStack(Layer):
 
     def branches(self) -> list[Callable[[Tensor], Tensor]]:
         """F_1, ..., F_N as functions of a tensor."""
-        if self.branch is None or isinstance(self.branch, str):
-            return list(self._inner())
-        return [partial(self.branch, block) for block in self.blocks]
+        if callable(self.branch):
+            return [partial(self.branch, block) for block in self.blocks]
+        return list(self._inner())
 
     def _inner(self) -> list[nn.Module]:
         """The branches where they are modules."""
@@ -194,10 +191,9 @@ class ResidualStack(Layer):
         """Sum of F_k(x), and with order 2 the sum of J_j(x) t_j."""
         count = len(self.blocks)
         order = order if count > 1 else 1
-        steady = (
-            not any(fused.unsteady(block) for block in self.blocks) if order == 2 or self._shared() else True
-        )
-        if self._shared() and steady:
+        shared = self._shared()
+        steady = not (order == 2 or shared) or not any(map(fused.unsteady, self.blocks))
+        if shared and steady:
             return self._one(x, order)
         how = self._plan()
         if how == "loop" and self.fuse == "auto" and x.device.type != "cpu" and self._stackable:
@@ -266,10 +262,8 @@ class ResidualStack(Layer):
 
     def _together(self, how: Wide, branch: nn.Module, x: Tensor) -> int:
         """How many branches are computed at a time."""
-        if self.chunk is not None:
-            return self.chunk
-        if x.device.type != "cpu":
-            return len(self.blocks)
+        if self.chunk is not None or x.device.type != "cpu":
+            return self.chunk or len(self.blocks)
         return max(1, CACHE_BYTES // max(1, how.width(branch, x) * x.element_size()))
 
     def _stacked(self, x: Tensor, order: int) -> tuple[Tensor, Tensor | None]:
@@ -327,7 +321,8 @@ class ResidualStack(Layer):
             for name, value in zip(_COPIES, how.gather(branches, apart=apart), strict=True):
                 setattr(self, name, None if value is None else value.detach())
             self._copied, self._apart = now, apart
-        return self.copy0, self.copy1, self.copy2, self.copy3
+        kept: Any = tuple(getattr(self, name) for name in _COPIES)
+        return kept
 
     def train(self, mode: bool = True) -> ResidualStack:
         """As for any module; copies of ``fuse="copy"`` are made anew."""
@@ -366,8 +361,10 @@ def _branch(branch: Branch) -> Branch:
     return branch
 
 
-def _name(function: object) -> str:
-    return getattr(function, "__name__", type(function).__name__)
+def _name(branch: Branch) -> str:
+    return (
+        str(branch) if branch is None or isinstance(branch, str) else getattr(branch, "__name__", "function")
+    )
 
 
 def _checked(branch: Callable[[Tensor], Tensor], x: Tensor, k: int) -> Tensor:
@@ -398,18 +395,9 @@ def _same_shape(out: Tensor, x: Tensor, k: int | None) -> Tensor:
 
 def warn_of_twins(stack: ResidualStack, *, stacklevel: int = 2) -> None:
     """Warn when two different blocks hold equal parameters: side by side they would stay equal for ever."""
-    seen: dict[tuple[float, ...], int] = {}
-    for k, block in enumerate(stack.blocks):
-        params = list(block.parameters())
-        if not params or any(p.is_meta or nn.parameter.is_lazy(p) for p in params):
-            continue
-        sums = tuple(torch.stack([p.detach().double().sum() for p in params]).tolist())
-        first = seen.setdefault(sums, k)
-        others = list(stack.blocks[first].parameters())
-        if stack.blocks[first] is not block and all(map(torch.equal, params, others)):
-            warnings.warn(
-                f"blocks {first} and {k} hold equal parameters: in the parallel form they get equal gradients and "
-                "stay equal. Initialise every block by itself.",
-                stacklevel=stacklevel,
-            )
-            return
+    if twins := fused.equal_pair(list(stack.blocks)):
+        warnings.warn(
+            f"blocks {twins[0]} and {twins[1]} hold equal parameters: in the parallel form they get equal gradients "
+            "and stay equal. Initialise every block by itself.",
+            stacklevel=stacklevel,
+        )

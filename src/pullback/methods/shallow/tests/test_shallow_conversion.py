@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pullback.methods.shallow import ResidualStack, difference, shallow_
+from pullback.methods.shallow import ResidualStack, difference
+from pullback.methods.shallow import shallow_ as convert
+
+shallow_: Any = convert  # also with arguments of wrong types, which must be refused
 
 
 class Block(nn.Module):
@@ -70,7 +74,7 @@ class Net(nn.Module):
 IMAGES = torch.randn(3, 1, 6, 6, generator=torch.Generator().manual_seed(0))
 
 
-def sequential(*layers):
+def sequential(*layers) -> Any:
     return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), *layers, nn.Flatten(), nn.Linear(4 * 36, 3))
 
 
@@ -108,7 +112,7 @@ def test_every_maximal_run_becomes_a_stack():
 
 def test_a_walked_module_list_a_named_sequential_and_a_second_call():
     torch.manual_seed(0)
-    net = Net()
+    net: Any = Net()
     before = output(net)
     assert shallow_(net, Block, probe=(IMAGES,), order=2, branch_scale="1/sqrt(N)").count == 1
     assert len(net.blocks) == 1
@@ -173,7 +177,7 @@ def test_the_whole_model_is_compared_before_anything_stays_changed():
 @pytest.mark.parametrize("branch", ["body", lambda block, x: block.body(x)])
 def test_a_declared_branch_is_verified(branch):
     torch.manual_seed(0)
-    net = Net()
+    net: Any = Net()
     before = output(net)
     shallow_(net, Block, probe=IMAGES, branch=branch)
     torch.testing.assert_close(output(net, "sequential"), before)
@@ -231,13 +235,13 @@ def test_zero_branches_do_not_hide_an_activation_after_the_addition():
 def test_random_depth_outside_of_the_branch_is_noticed():
     with pytest.raises(ValueError, match="in evaluation or training mode"):
         shallow_(Net(Dropping), Dropping, probe=IMAGES, branch="body")
-    net = Net(Dropping)
+    net: Any = Net(Dropping)
     shallow_(net, Dropping, probe=IMAGES, branch=lambda b, x: F.dropout(b.body(x), 0.5, b.training))
     assert net.blocks[0].plan == "loop"
 
 
 def test_blocks_with_hooks_or_more_arguments_are_refused():
-    net = Net()
+    net: Any = Net()
     net.blocks[1].register_forward_hook(lambda *_: None)
     with pytest.raises(ValueError, match=r"block 'blocks.1' must have no hooks"):
         shallow_(net, Block, probe=IMAGES)
@@ -267,7 +271,7 @@ def test_arguments_of_wrong_types_are_refused():
 
 def test_equal_blocks_are_warned_about():
     torch.manual_seed(0)
-    net = Net()
+    net: Any = Net()
     net.blocks[2].load_state_dict(net.blocks[0].state_dict())
     with pytest.warns(UserWarning, match="blocks 0 and 2 hold equal parameters"):
         shallow_(net, Block, probe=IMAGES)
@@ -311,7 +315,7 @@ def test_checkpoints_carry_over_in_both_directions():
 def test_an_optimizer_made_before_goes_on_as_if_nothing_had_happened():
     def trained(convert):
         torch.manual_seed(0)
-        net = Net()
+        net: Any = Net()
         optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
         for step in range(6):
             if convert and step == 3:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -10,11 +11,14 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from pullback.methods.shallow import ResidualStack
+from pullback.methods import shallow
+
+ResidualStack: Any = shallow.ResidualStack  # also with arguments of wrong types, which must be refused
 
 
-def _conv(c=4, **settings):
-    return lambda: nn.Sequential(nn.Conv2d(c, c, 3, **{"padding": 1, **settings}), nn.ReLU())
+def _conv(c=4, **settings: Any):
+    settings = {"padding": 1, **settings}
+    return lambda: nn.Sequential(nn.Conv2d(c, c, 3, **settings), nn.ReLU())
 
 
 BLOCKS = {
@@ -46,7 +50,19 @@ BLOCKS = {
 }  # fmt: skip
 
 
-def blocks_of(name, count=5, dtype=torch.float64):
+def test_an_activation_that_a_branch_calls_twice_is_called_twice():
+    torch.manual_seed(0)
+    blocks = [
+        nn.Sequential(act, nn.Linear(4, 7), act, nn.Linear(7, 4)) for act in (nn.SiLU(), nn.SiLU(), nn.SiLU())
+    ]
+    x = torch.randn(5, 4)
+    for order in (1, 2):
+        fused, looped = ResidualStack(blocks, order=order), ResidualStack(blocks, order=order, fuse="loop")
+        assert fused.plan == "wide"
+        torch.testing.assert_close(fused(x), looped(x))
+
+
+def blocks_of(name, count=5, dtype=torch.float64) -> Any:
     torch.manual_seed(0)
     return [BLOCKS[name][0]().to(dtype) for _ in range(count)]
 

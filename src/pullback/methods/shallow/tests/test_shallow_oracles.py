@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from pullback.methods.shallow import ResidualStack, determination_ratio, truncation_report
+from pullback.methods import shallow
+from pullback.methods.shallow import determination_ratio
 from pullback.methods.shallow.tests import reference
+
+ResidualStack: Any = shallow.ResidualStack  # also with arguments of wrong types, which must be refused
+truncation_report: Any = shallow.truncation_report
 
 WIDTH = 6
 
@@ -227,7 +232,7 @@ def test_the_report_holds_the_quantities_of_their_definitions():
 
 def test_the_report_leaves_no_trace_and_ignores_dropout():
     torch.manual_seed(0)
-    blocks = [nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Dropout(0.5)) for _ in range(3)]
+    blocks: Any = [nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Dropout(0.5)) for _ in range(3)]
     stack = ResidualStack(blocks).train()
     before, rng = copy.deepcopy(stack.state_dict()), torch.get_rng_state()
     x = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))

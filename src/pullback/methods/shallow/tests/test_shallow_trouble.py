@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pullback.methods.shallow import ResidualStack
+from pullback.methods import shallow
 from pullback.testing.ranks import run_ranks
 
+ResidualStack: Any = shallow.ResidualStack  # also with arguments of wrong types, which must be refused
 
-def tanh_blocks(count=4, width=4):
+
+def tanh_blocks(count=4, width=4) -> Any:
     torch.manual_seed(0)
     return [nn.Sequential(nn.Linear(width, width), nn.Tanh()) for _ in range(count)]
 
@@ -25,7 +28,7 @@ def tanh_blocks(count=4, width=4):
 @pytest.mark.parametrize("order", [1, 2])
 def test_dropout_draws_for_each_branch_by_itself(fuse, order):
     torch.manual_seed(0)
-    blocks = [nn.Sequential(nn.Linear(1, 1), nn.Tanh(), nn.Dropout(0.5)) for _ in range(2)]
+    blocks: Any = [nn.Sequential(nn.Linear(1, 1), nn.Tanh(), nn.Dropout(0.5)) for _ in range(2)]
     for block, value in zip(blocks, (1.0, 10.0), strict=True):  # tanh(value) is what a branch gives, or 0
         nn.init.zeros_(block[0].weight)
         nn.init.constant_(block[0].bias, value)
@@ -39,19 +42,22 @@ def test_dropout_draws_for_each_branch_by_itself(fuse, order):
 
 
 def test_dropout_before_the_first_layer_is_not_shared():
-    blocks = [nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 4)) for _ in range(3)]
+    blocks: Any = [nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 4)) for _ in range(3)]
     assert ResidualStack(blocks).plan == "loop"
 
 
 @pytest.mark.parametrize("fuse", ["auto", "vmap"])
 def test_batch_statistics_are_those_of_the_stacks_input(fuse):
     torch.manual_seed(0)
-    blocks = [nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, momentum=1.0), nn.Tanh()) for _ in range(3)]
+    blocks: Any = [
+        nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, momentum=1.0), nn.Tanh()) for _ in range(3)
+    ]
     x = torch.randn(16, 4)
     stack = ResidualStack(blocks, fuse=fuse)
     out = stack(x)
     torch.testing.assert_close(out, x + sum(block(x) for block in copy.deepcopy(blocks)))
-    for block in blocks:
+    for each in blocks:
+        block: Any = each
         torch.testing.assert_close(block[1].running_mean, block[0](x).mean(0))
         assert int(block[1].num_batches_tracked) == 1
     stack.eval()
@@ -71,7 +77,8 @@ def test_batch_statistics_in_order_two():
         wanted, before = wanted + value + turned, before + value
     out = ResidualStack(blocks, order=2)(x)
     torch.testing.assert_close(out, wanted)
-    for block in blocks:
+    for each in blocks:
+        block: Any = each
         torch.testing.assert_close(block[1].running_mean, block[0](x).mean(0))
         assert int(block[1].num_batches_tracked) == 1
     out.sum().backward()
@@ -98,7 +105,7 @@ def test_a_shared_block_collapses_to_a_multiple_of_itself(order):
 
 
 def test_a_shared_block_with_dropout_still_draws_for_each_use():
-    block = nn.Sequential(nn.Linear(1, 1), nn.Dropout(0.5))
+    block: Any = nn.Sequential(nn.Linear(1, 1), nn.Dropout(0.5))
     nn.init.zeros_(block[0].weight)
     nn.init.ones_(block[0].bias)
     out = ResidualStack([block] * 2)(torch.zeros(2000, 1))
@@ -140,7 +147,7 @@ def test_a_change_of_shape_is_refused_also_where_it_would_broadcast(mode, fuse):
 
 
 def test_a_branch_that_edits_its_input_is_refused():
-    blocks = [nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 4)) for _ in range(2)]
+    blocks: Any = [nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 4)) for _ in range(2)]
     for mode in ("parallel", "sequential"):
         with pytest.raises(RuntimeError, match="branch 0 must not edit its input in place"):
             ResidualStack(blocks, mode=mode)(torch.randn(3, 4))
@@ -228,6 +235,7 @@ def test_autocast_and_gradient_scaling(order):
     scaler.scale(loss).backward()
     wanted = torch.autograd.grad(stack(x).square().mean(), list(stack.parameters()))
     for p, grad in zip(stack.parameters(), wanted, strict=True):
+        assert p.grad is not None
         assert p.grad.dtype == torch.float32
         torch.testing.assert_close(p.grad / 1024, grad, rtol=0.1, atol=0.02)
 
