@@ -173,19 +173,15 @@ class ResidualStack(Layer):
 
     def branches(self) -> list[Callable[[Tensor], Tensor]]:
         """F_1, ..., F_N as functions of a tensor."""
-        if callable(self.branch):
-            return [partial(self.branch, block) for block in self.blocks]
-        return list(self._inner())
+        if self.branch is None or isinstance(self.branch, str):
+            return list(self._inner())
+        return [partial(self.branch, block) for block in self.blocks]
 
     def _inner(self) -> list[nn.Module]:
         """The branches where they are modules."""
-        if self.branch is None:
-            return list(self.blocks)
-        return (
-            [operator.attrgetter(self.branch)(block) for block in self.blocks]
-            if isinstance(self.branch, str)
-            else []
-        )
+        if isinstance(self.branch, str):
+            return [operator.attrgetter(self.branch)(block) for block in self.blocks]
+        return list(self.blocks) if self.branch is None else []
 
     def _terms(self, x: Tensor, order: int) -> tuple[Tensor, Tensor | None]:
         """Sum of F_k(x), and with order 2 the sum of J_j(x) t_j."""
@@ -207,8 +203,7 @@ class ResidualStack(Layer):
 
     def _shared(self) -> bool:
         """Whether one block is used at every place."""
-        first, *rest = self.blocks
-        return bool(rest) and all(block is first for block in rest)
+        return len(self.blocks) > 1 and len(set(self.blocks)) == 1
 
     def _one(self, x: Tensor, order: int) -> tuple[Tensor, Tensor | None]:
         """One block N times: N F(x), and N (N - 1) / 2 J(x) F(x)."""
@@ -298,7 +293,7 @@ class ResidualStack(Layer):
             how = fused.plain(branches) if self.fuse == "vmap" else Wide.plan(branches)
         if isinstance(how, str) and how and self.fuse != "auto":
             raise ValueError(
-                f"fuse={self.fuse!r} does not serve these blocks: {how}. Use fuse='auto' or 'loop'."
+                f"fuse must suit the blocks, got {self.fuse!r}: {how}. Use fuse='auto' or 'loop'."
             )
         if self.fuse == "vmap":
             return "vmap"

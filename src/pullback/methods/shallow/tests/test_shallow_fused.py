@@ -206,11 +206,11 @@ def test_copies_refuse_to_train():
 
 def test_a_way_of_fusing_that_does_not_serve_the_blocks_is_refused():
     with pytest.raises(
-        ValueError, match="fuse='wide' does not serve these blocks: LayerNorm does not act on every"
+        ValueError, match="fuse must suit the blocks, got 'wide': LayerNorm does not act on every"
     ):
         ResidualStack(blocks_of("normed"), fuse="wide")
     mixed = [nn.Sequential(nn.Linear(4, 4), nn.Tanh()), nn.Sequential(nn.Linear(4, 4), nn.ReLU())]
-    with pytest.raises(ValueError, match="fuse='vmap' does not serve these blocks: the branches differ"):
+    with pytest.raises(ValueError, match="fuse must suit the blocks, got 'vmap': the branches differ"):
         ResidualStack(mixed, fuse="vmap")
     with pytest.raises(ValueError, match="the branch is a function, not a module"):
         ResidualStack(mixed, branch=lambda block, x: block(x), fuse="copy")
