@@ -7,15 +7,15 @@ is a task that wants composition; `conversion` runs trained weights in the other
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from pullback.core.streams import generator, stream_seed
 from pullback.lab import (
@@ -37,6 +37,7 @@ from pullback.lab import (
 )
 from pullback.lab.data import mnist
 from pullback.lab.data.spirals import spirals
+from pullback.lab.models.fitting import Part, fit, score
 from pullback.methods.shallow.report import determination_ratio, truncation_report
 from pullback.methods.shallow.stack import ResidualStack
 
@@ -52,7 +53,6 @@ FORMS: dict[str, dict[str, Any]] = {
 """How an arm wires its blocks; the arm ``none`` has no blocks."""
 
 BINS = ((0.0, 1.0), (1.0, 3.0), (3.0, 10.0), (10.0, math.inf))  # the paper's, of Q
-BATCH = 100
 COLUMNS = ("q", "loss", "train", "accuracy", "eps", "gap", "start", "end")
 
 
@@ -83,14 +83,6 @@ class Config:
 
 
 # --- data and networks -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Part:
-    """Inputs [n, ...] and classes [n]."""
-
-    x: Tensor
-    y: Tensor
 
 
 @cache
@@ -128,43 +120,7 @@ def network(cfg: Config, shape: Shape, arm: str, seed: int) -> nn.Sequential:
     return nn.Sequential(*before, middle, nn.Flatten(), readout)
 
 
-def batches(part: Part, epochs: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of all epochs, the same for all arms and shapes of a seed."""
-    for epoch in range(epochs):
-        order = torch.randperm(len(part.y), generator=generator("order", seed, epoch))
-        for rows in order.split(BATCH):
-            yield part.x[rows], part.y[rows]
-
-
 # --- one run ---------------------------------------------------------------------------------------------------
-
-
-def warm_cosine(step: int, steps: int) -> float:
-    """Up for the first fifth, then down along a cosine."""
-    warm = max(1, steps // 5)
-    return min((step + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * max(0, step - warm) / max(1, steps - warm)))
-
-
-def fit(net: nn.Sequential, part: Part, lr: float, epochs: int, seed: int, watch: Any = None) -> None:
-    """Adam, warmed up and cooled down to a plateau; ``watch(epoch)`` after every second epoch."""
-    optimizer = torch.optim.Adam(net.parameters(), lr=lr, fused=True)
-    per_epoch = math.ceil(len(part.y) / BATCH)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(warm_cosine, steps=epochs * per_epoch))
-    for step, (x, y) in enumerate(batches(part, epochs, seed), start=1):
-        optimizer.zero_grad()
-        F.cross_entropy(net(x), y).backward()
-        nn.utils.clip_grad_norm_(net.parameters(), 1.0, foreach=True)
-        optimizer.step()
-        schedule.step()
-        if watch is not None and step % (2 * per_epoch) == 0:
-            watch(step // per_epoch)
-
-
-@torch.no_grad()
-def score(net: nn.Module, part: Part) -> tuple[float, float]:
-    """Mean cross-entropy and accuracy."""
-    out = torch.cat([net(x) for x in part.x.split(500)])
-    return float(F.cross_entropy(out, part.y)), float((out.argmax(1) == part.y).float().mean())
 
 
 def premise(net: nn.Sequential, part: Part) -> tuple[float, float, float]:
@@ -303,7 +259,9 @@ TABLE = PaperResult(
     math.log(0.11743), math.log(0.11467),
     note="-8, -2 and +10 % in the bins 1 to 3, 3 to 10 and above 10; +45 % below 1",
 )  # fmt: skip
-SMOKE = Config((Shape(4, 3, 500),), depth=2, epochs=1)
+SMOKE = Config(
+    tuple(Shape(4, 3, n) for n in (200, 500, 1000, 3000)), depth=2, epochs=1
+)  # a shape in each bin
 
 
 def within_bins(*lows: float) -> tuple[Any, ...]:
@@ -388,7 +346,7 @@ STUDIES: tuple[Study, ...] = (
             others=("retrained", "parallel", "parallel-as-sequential"),
         ),
         primary=ACCURACY,
-        sizes={"smoke": SMOKE, "full": Config((Shape(8),), depth=16, epochs=6)},
+        sizes={"smoke": Config((Shape(4, 3, 500),), 2, 1), "full": Config((Shape(8),), 16, 6)},
         hp={"*": {"lr": 1e-2}},
         seeds=Seeds(TEST_SEEDS, tune=TUNING_SEEDS),
         claim=Equivalent("converted", than="kept", within=0.02),
