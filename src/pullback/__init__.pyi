@@ -40,6 +40,9 @@ from pullback.methods.pinn_annealing import ModifiedMLP as ModifiedMLP
 from pullback.methods.pinn_annealing import weight_matrices as weight_matrices
 from pullback.methods.sam_gs import SAMGS as SAMGS
 from pullback.methods.sam_gs import multitask_backward as multitask_backward
+from pullback.methods.shallow import ResidualStack as ResidualStack
+from pullback.methods.shallow import shallow_ as shallow_
+from pullback.methods.shallow import truncation_report as truncation_report
 from pullback.methods.tract import TrAct as TrAct
 from pullback.methods.tract import precondition_input as precondition_input
 from pullback.methods.tract import tract as tract
@@ -73,6 +76,7 @@ __all__ = [
     "PeriNorm",
     "PeriNormBlock",
     "Project",
+    "ResidualStack",
     "ResidualStreamProbe",
     "RuleFlip",
     "ShallowDANN",
@@ -95,7 +99,9 @@ __all__ = [
     "proxy_a_distance",
     "replace_linear",
     "schedules",
+    "shallow_",
     "solution_stability",
     "tract",
+    "truncation_report",
     "weight_matrices",
 ]
