@@ -15,6 +15,7 @@ from pullback.methods.dann import DomainAdversarialLoss as DomainAdversarialLoss
 from pullback.methods.dann import GradientReversal as GradientReversal
 from pullback.methods.dann import ShallowDANN as ShallowDANN
 from pullback.methods.dann import proxy_a_distance as proxy_a_distance
+from pullback.methods.elu import Elu as Elu
 from pullback.methods.gcond import ConflictResolver as ConflictResolver
 from pullback.methods.gcond import GradientConductor as GradientConductor
 from pullback.methods.gcond import MomentumWriter as MomentumWriter
@@ -51,6 +52,7 @@ __all__ = [
     "ConflictMonitor",
     "ConflictResolver",
     "DomainAdversarialLoss",
+    "Elu",
     "GradientAnnealing",
     "GradientConductor",
     "GradientHistograms",

@@ -1,0 +1,156 @@
+"""Numbers of one layer: bias shift of the plain and of the unit natural step, their angle, and theorem 2's k."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pullback.core.streams import generator
+from pullback.methods.elu.fisher import DEAD, Solved, UnitFisher
+from pullback.methods.elu.report import LayerShift
+from pullback.methods.elu.signals import Signal
+
+Solve = Callable[[UnitFisher, Tensor], Solved]
+
+
+@dataclass(frozen=True)
+class Natural:
+    """Solutions for some units.
+
+    Args:
+        units: their numbers, [u].
+        step: unit natural gradient (w, w0), [u, n + bias], float64.
+        shift: shift fraction of that step, [u].
+        cos: cosine with the gradient, [u].
+        k: theorem 2's multiplier, [u]; NaN without bias.
+        s: theorem 1's s, [u]; NaN without bias.
+    """
+
+    units: Tensor
+    step: Tensor
+    shift: Tensor
+    cos: Tensor
+    k: Tensor
+    s: Tensor
+    iterations: int = 0
+    residual: float = 0.0
+
+
+def natural(
+    signal: Signal, units: Tensor, *, damping: float, bias: bool, solve: Solve, more: bool = True
+) -> Natural:
+    """Solve for ``units`` (live ones, ascending), group by group; ``more`` False leaves shift, k and s out."""
+    c = signal.delta[:, units].square().mean(0, dtype=torch.float64)
+    per_group = signal.delta.shape[1] // len(signal.rows)
+    parts: list[tuple[Tensor, ...]] = []
+    iterations, residual = 0, 0.0
+    for group in torch.unique(units // per_group).tolist():
+        inside = units // per_group == group
+        mine, size = units[inside], c[inside]
+        rows, delta = signal.rows[group], signal.delta[:, mine]
+        fisher = UnitFisher(rows, delta.square() / size.to(delta.dtype), damping=damping, bias=bias)
+        g = signal.g[mine].to(torch.float64)
+        if bias:
+            g = torch.cat([g, signal.g0[mine, None].to(torch.float64)], 1)
+        right = [g]
+        if bias and more:
+            last = torch.zeros_like(g)
+            last[:, -1] = 1.0
+            right.append(last)
+        solved = solve(fisher, torch.stack(right))
+        iterations, residual = max(iterations, solved.iterations), max(residual, solved.residual)
+        parts.append(_numbers(rows, g, solved.x, size, bias=bias, more=more))
+    step, shift, cos, k, s = (torch.cat(each) for each in zip(*parts, strict=True))
+    return Natural(units, step, shift, cos, k, s, iterations, residual)
+
+
+def _numbers(
+    rows: Tensor, g: Tensor, x: Tensor, c: Tensor, *, bias: bool, more: bool
+) -> tuple[Tensor, ...]:
+    r"""Step, shift fraction, cosine, k and s of the units of one group from ``x`` = (F/c)^-1 (gradient, e_0) [k, u, n+1].
+
+    With :math:`v = F^{-1} e_0 = s\,(-A^{-1} b,\,1)` theorem 2's multiplier is
+    :math:`k = c\,s\,(1 - E_p[a]^T A^{-1} b) = c\,(E_p[a]^T v_w + v_0)`: no covariance has to be inverted.
+    """
+    step = x[0] / c[:, None]
+    nan = torch.full_like(c, math.nan)
+    if not more:
+        return step, nan, nan, nan, nan
+    cos = torch.nn.functional.cosine_similarity(g, step, dim=1, eps=0.0)
+    wide = rows.to(torch.float64)
+    shift = shift_fraction(wide @ step[:, : rows.shape[1]].T + (step[:, -1] if bias else 0.0))
+    if not bias:
+        return step, shift, cos, nan, nan
+    mean = wide.mean(0)
+    return step, shift, cos, x[1, :, :-1] @ mean + x[1, :, -1], x[1, :, -1] / c
+
+
+def shift_fraction(dz: Tensor) -> Tensor:
+    """(E dz)^2 / E dz^2 over the rows, [..., R, u] -> [..., u]; NaN where nothing moves."""
+    return dz.mean(-2).square() / dz.square().mean(-2)
+
+
+def live_units(signal: Signal) -> Tensor:
+    """Numbers of the units with E[delta^2] >= 1e-12, ascending."""
+    return (signal.delta.square().mean(0, dtype=torch.float64) >= DEAD).nonzero()[:, 0]
+
+
+def measure(
+    signal: Signal, *, damping: float, bias: bool, solve: Solve, max_units: int | None, seed: int, per_unit: bool
+) -> LayerShift:
+    """All numbers of one layer; natural quantities for at most ``max_units`` live units, the same ones every time."""
+    rows, m = signal.rows, signal.delta.shape[1]
+    c = signal.delta.square().mean(0, dtype=torch.float64)
+    alive = c >= DEAD
+    order = torch.randperm(m, generator=generator("bias_shift.units", seed)).to(alive.device)
+    units = order[alive[order]][:max_units].sort().values
+    found = _none(rows.device) if len(units) == 0 else natural(
+        signal, units, damping=damping, bias=bias, solve=solve
+    )  # fmt: skip
+    g = signal.g.unflatten(0, (len(rows), -1))
+    dz = rows @ g.mT
+    if bias:
+        dz += signal.g0.view(len(rows), 1, -1)
+    plain = torch.where(alive, shift_fraction(dz).flatten().to(torch.float64), math.nan)
+    means = rows.mean(1, dtype=torch.float64)
+    power = rows.square().sum(-1).mean(dtype=torch.float64) * len(rows)
+    values = {"shift_fraction": plain, "c": c, "unit": found.units, "shift_fraction_natural": found.shift,
+              "cos_natural": found.cos, "k": found.k, "s": found.s}  # fmt: skip
+    return LayerShift(
+        mean_activation=float(means.mean()),
+        median_activation=median(means),
+        median_abs_mean=median(means.abs()),
+        mean_ratio=float((means.square().sum() / power).sqrt()) if float(power) > 0 else 0.0,
+        shift_fraction=median(plain),
+        shift_fraction_natural=median(found.shift),
+        cos_natural=median(found.cos),
+        k=median(found.k),
+        s=median(found.s),
+        dead_fraction=1.0 - float(alive.double().mean()),
+        units=m,
+        solved=len(units),
+        rows=rows.shape[1],
+        iterations=found.iterations,
+        residual=found.residual,
+        per_unit=values if per_unit else None,
+    )
+
+
+def unmeasured(units: int) -> LayerShift:
+    """The row of a layer whose values are not finite."""
+    return LayerShift(*[math.nan] * 10, units=units, solved=0, rows=0)
+
+
+def median(values: Tensor) -> float:
+    """Median of the entries that are numbers; NaN where there is none."""
+    numbers = values[~values.isnan()]
+    return float(numbers.quantile(0.5)) if len(numbers) else math.nan
+
+
+def _none(device: torch.device) -> Natural:
+    empty = torch.zeros(0, dtype=torch.float64, device=device)
+    return Natural(torch.zeros(0, dtype=torch.int64, device=device), empty, empty, empty, empty, empty)
