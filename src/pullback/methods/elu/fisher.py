@@ -114,13 +114,15 @@ class _ColumnSpace:
         for start in range(0, n, step):
             end = min(start + step, n)
             out[:, start:end, :end] = weighted[:, start:end] @ self.centred[:, :end]
-        off = (weights.T.to(torch.float64) @ self.centred.to(torch.float64)) / count  # E_q[a] - mean, [u, n]
+        wide = weights.T.to(torch.float64) / count
+        total = wide.sum(1, keepdim=True)  # 1 up to rounding, which a large mean would make large
+        off = wide @ self.centred.to(torch.float64)  # E_q[a] - mean, [u, n]
+        last = off + total * self.mean
         square = out[:, :n, :n]
-        square += off.unsqueeze(2) * self.mean + self.mean.unsqueeze(1) * off.unsqueeze(1)
-        square += torch.outer(self.mean, self.mean)
+        square += off.unsqueeze(2) * self.mean + self.mean.unsqueeze(1) * last.unsqueeze(1)
         if self.bias:
-            out[:, n, :n] = off + self.mean
-            out[:, n, n] = weights.mean(0, dtype=torch.float64)
+            out[:, n, :n] = last
+            out[:, n, n] = total[:, 0]
         return out
 
     def solve(self, weights: Tensor, damping: Tensor, right: Tensor) -> Tensor:
