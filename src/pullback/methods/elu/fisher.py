@@ -17,10 +17,12 @@ from torch import Tensor
 DEAD = 1e-12
 """A unit whose mean squared derivative is below this is dead: it takes no part."""
 
-MEMORY = 2**28
-"""Bytes that the matrices of one chunk of units may take."""
+MEMORY = 2**26
+"""Bytes of one array of all matrices of a chunk of units on an accelerator; up to four such arrays live at a time."""
 
-_BLOCKS = 4  # of rows of a symmetric matrix; the upper triangle is left out but for the blocks on the diagonal
+_CACHE = 2**20  # the same on the host, where large arrays cost more than small calls
+_WORK = 2**18  # entries of weighted rows at a time: they stay in the cache between being made and being multiplied
+_BLOCKS = 2  # of rows of a symmetric matrix; the upper triangle is left out but for the blocks on the diagonal
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,8 @@ class UnitFisher:
     def __init__(self, rows: Tensor, weights: Tensor, *, damping: float, bias: bool = True) -> None:
         self.rows, self.weights, self.bias = rows, weights, bias
         self.width = rows.shape[1] + bias
-        trace = (rows.square().sum(1).add(float(bias)) @ weights).to(torch.float64) / len(rows)
+        size = torch.linalg.vector_norm(rows, dim=1).square().add(float(bias))
+        trace = (size @ weights).to(torch.float64) / len(rows)
         self.absolute = damping * trace / self.width
 
     def solve(self, right: Tensor) -> Solved:
@@ -71,7 +74,8 @@ class UnitFisher:
         """
         by_rows = len(self.rows) < self.width and bool((self.absolute > 0).all())
         side = len(self.rows) if by_rows else self.width
-        chunk = max(1, MEMORY // (24 * side * side + 8 * self.rows.numel()))
+        most = MEMORY if self.rows.is_cuda else _CACHE
+        chunk = max(1, most // (8 * side * side))
         space = self._row_space() if by_rows else self._column_space()
         parts = [
             space.solve(weights, damping, each.to(torch.float64).movedim(0, -1))
@@ -86,8 +90,8 @@ class UnitFisher:
         return _RowSpace(torch.cat([rows, rows.new_ones(len(rows), 1)], 1) if self.bias else rows)
 
     def _column_space(self) -> _ColumnSpace:
-        mean = self.rows.mean(0, dtype=torch.float64).to(self.rows.dtype)  # rounded: any constant will do, but the same
-        return _ColumnSpace(self.rows - mean, mean.to(torch.float64), self.bias)
+        mean = self.rows.mean(0)  # any constant will do, but the same one everywhere
+        return _ColumnSpace((self.rows - mean).T.contiguous(), mean.to(torch.float64), self.bias)
 
 
 # --- direct solves --------------------------------------------------------------------------------------------------
@@ -101,29 +105,38 @@ class _ColumnSpace:
     it, and its part is put back in float64.
     """
 
-    centred: Tensor
+    centred: Tensor  # [n, R]
     mean: Tensor
     bias: bool
 
     def matrices(self, weights: Tensor) -> Tensor:
         """``F / c`` [u, n + bias, n + bias] in float64 of units with ``weights`` [R, u]; the lower triangle counts."""
-        count, n = self.centred.shape
-        weighted = self.centred.T.contiguous() * (weights.T / count).unsqueeze(1)  # [u, n, R]
-        out = self.mean.new_zeros(weights.shape[1], n + self.bias, n + self.bias)
-        step = max(1, -(-n // _BLOCKS))
-        for start in range(0, n, step):
-            end = min(start + step, n)
-            out[:, start:end, :end] = weighted[:, start:end] @ self.centred[:, :end]
-        wide = weights.T.to(torch.float64) / count
-        total = wide.sum(1, keepdim=True)  # 1 up to rounding, which a large mean would make large
-        off = wide @ self.centred.to(torch.float64)  # E_q[a] - mean, [u, n]
+        n, count = self.centred.shape
+        shares = weights.T.contiguous() / count  # [u, R]
+        out = self.mean.new_empty(len(shares), n + self.bias, n + self.bias)
+        self._covariances(shares.sqrt(), out)
+        total = shares.sum(1, keepdim=True).to(torch.float64)  # 1 up to rounding, which a large mean would make large
+        off = (shares @ self.centred.T).to(torch.float64)  # E_q[a] - mean, [u, n]
         last = off + total * self.mean
-        square = out[:, :n, :n]
-        square += off.unsqueeze(2) * self.mean + self.mean.unsqueeze(1) * last.unsqueeze(1)
+        left, right = torch.stack([off, self.mean.expand_as(off)], 2), torch.stack([self.mean.expand_as(off), last], 1)
+        out[:, :n, :n].baddbmm_(left, right)
         if self.bias:
             out[:, n, :n] = last
             out[:, n, n] = total[:, 0]
         return out
+
+    def _covariances(self, roots: Tensor, out: Tensor) -> None:
+        """Write E_q of the centred outer products, a few units at a time and block by block of the lower triangle."""
+        n, count = self.centred.shape
+        some, step = max(1, _WORK // max(1, n * count)), max(1, -(-n // _BLOCKS))
+        buffer = self.centred.new_empty(some, n, count)
+        for start in range(0, len(roots), some):
+            few = roots[start : start + some]
+            weighted = torch.mul(self.centred, few.unsqueeze(1), out=buffer[: len(few)])
+            for low in range(0, n, step):
+                high = min(low + step, n)
+                block = torch.bmm(weighted[:, low:high], weighted[:, :high].mT)
+                out[start : start + len(few), low:high, :high] = block
 
     def solve(self, weights: Tensor, damping: Tensor, right: Tensor) -> Tensor:
         """Solutions [u, n + bias, k]."""

@@ -29,7 +29,7 @@ from pullback.methods.elu.layers import named_layers, unwrapped
 from pullback.methods.elu.likelihood import KINDS, Kind
 from pullback.methods.elu.report import BiasShiftReport, LayerShift
 from pullback.methods.elu.shift import live_units, measure, natural, unmeasured
-from pullback.methods.elu.signals import Passes, Signal, no_trace, passes, signal_of
+from pullback.methods.elu.signals import Passes, Signal, full_precision, no_trace, passes, signal_of
 
 FisherKind: TypeAlias = Literal["model", "empirical"]
 Solver: TypeAlias = Literal["exact", "cg"]
@@ -136,9 +136,10 @@ class BiasShiftProbe(Probe):
             ValueError: if labels do not fit the output, or a named layer did not run.
         """
         found, loss = {}, math.nan
-        for name, layer, seen, signal in self._signals(x, y):
-            loss = seen.loss
-            found[name] = unmeasured(_units(layer)) if signal is None else self._measured(name, layer, signal, per_unit)
+        with full_precision(self.model):
+            for name, layer, seen, signal in self._signals(x, y):
+                loss, missing = seen.loss, signal is None
+                found[name] = unmeasured(_units(layer)) if missing else self._measured(name, layer, signal, per_unit)
         return BiasShiftReport(self.fisher, self.damping, loss, found)
 
     def unit_natural_gradient(self, x: Any, y: Tensor) -> dict[str, Tensor]:
@@ -163,21 +164,27 @@ class BiasShiftProbe(Probe):
         """
         found: dict[str, Tensor] = {}
         self._check_parameters()
-        for name, layer, _, signal in self._signals(x, y):
-            if signal is None:
-                continue
-            units, n = live_units(signal), signal.g.shape[1]
-            step = signal.g.new_zeros(len(signal.g), n + 1)
-            if len(units):
-                bias = layer.bias is not None
-                solved = self._guarded(name, natural, signal, units, damping=self.damping, bias=bias,
-                                       solve=self._solve, more=False)  # fmt: skip
-                self._converged(name, solved.iterations, solved.residual)
-                step[units, : n + bias] = solved.step.to(step.dtype)
-            prefix = f"{name}." if name else ""
-            found[f"{prefix}weight"] = step[:, :n].reshape(layer.weight.shape).to(layer.weight.dtype)
-            if layer.bias is not None:
-                found[f"{prefix}bias"] = step[:, n].to(layer.bias.dtype)
+        with full_precision(self.model):
+            for name, layer, _, signal in self._signals(x, y):
+                if signal is not None:
+                    found |= self._direction(name, layer, signal)
+        return found
+
+    def _direction(self, name: str, layer: Any, signal: Signal) -> dict[str, Tensor]:
+        """Unit natural gradient of one layer by parameter name."""
+        (units, c), n = live_units(signal), signal.g.shape[1]
+        bias = layer.bias is not None
+        step = signal.g.new_zeros(len(signal.g), n + bias)
+        if len(units):
+            solved = self._guarded(
+                name, natural, signal, units, c, damping=self.damping, bias=bias, solve=self._solve, more=False
+            )
+            self._converged(name, solved.iterations, solved.residual)
+            step[units] = solved.step.to(step.dtype)
+        prefix = f"{name}." if name else ""
+        found = {f"{prefix}weight": step[:, :n].reshape(layer.weight.shape).to(layer.weight.dtype)}
+        if bias:
+            found[f"{prefix}bias"] = step[:, n].to(layer.bias.dtype)
         return found
 
     # --- one batch --------------------------------------------------------------------------------------------------

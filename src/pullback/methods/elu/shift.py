@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -41,10 +42,12 @@ class Natural:
 
 
 def natural(
-    signal: Signal, units: Tensor, *, damping: float, bias: bool, solve: Solve, more: bool = True
+    signal: Signal, units: Tensor, c: Tensor, *, damping: float, bias: bool, solve: Solve, more: bool = True
 ) -> Natural:
-    """Solve for ``units`` (live ones, ascending), group by group; ``more`` False leaves shift, k and s out."""
-    c = signal.delta[:, units].square().mean(0, dtype=torch.float64)
+    """Solve for ``units`` (live ones, ascending) with mean squared derivatives ``c`` [u], group by group.
+
+    ``more`` False leaves shift, cosine, k and s out.
+    """
     per_group = signal.delta.shape[1] // len(signal.rows)
     parts: list[tuple[Tensor, ...]] = []
     iterations, residual = 0, 0.0
@@ -81,22 +84,31 @@ def _numbers(
     if not more:
         return step, nan, nan, nan, nan
     cos = torch.nn.functional.cosine_similarity(g, step, dim=1, eps=0.0)
-    wide = rows.to(torch.float64)
-    shift = shift_fraction(wide @ step[:, : rows.shape[1]].T + (step[:, -1] if bias else 0.0))
+    mean, n = rows.mean(0).to(torch.float64), rows.shape[1]
+    dz = rows @ (step / step.norm(dim=1, keepdim=True))[:, :n].T.to(rows.dtype)
+    if bias:
+        dz += (step[:, -1] / step.norm(dim=1)).to(rows.dtype)
+    shift = shift_fraction(dz).to(torch.float64)
     if not bias:
         return step, shift, cos, nan, nan
-    mean = wide.mean(0)
     return step, shift, cos, x[1, :, :-1] @ mean + x[1, :, -1], x[1, :, -1] / c
 
 
 def shift_fraction(dz: Tensor) -> Tensor:
     """(E dz)^2 / E dz^2 over the rows, [..., R, u] -> [..., u]; NaN where nothing moves."""
-    return dz.mean(-2).square() / dz.square().mean(-2)
+    return dz.mean(-2).square() / mean_square(dz)
 
 
-def live_units(signal: Signal) -> Tensor:
-    """Numbers of the units with E[delta^2] >= 1e-12, ascending."""
-    return (signal.delta.square().mean(0, dtype=torch.float64) >= DEAD).nonzero()[:, 0]
+def mean_square(values: Tensor) -> Tensor:
+    """Mean square over the rows, [..., R, u] -> [..., u] in float64, without a copy of the values."""
+    return torch.linalg.vector_norm(values, dim=-2).to(torch.float64).square() / values.shape[-2]
+
+
+def live_units(signal: Signal) -> tuple[Tensor, Tensor]:
+    """Numbers of the units with E[delta^2] >= 1e-12, ascending, and that mean."""
+    c = mean_square(signal.delta)
+    units = (c >= DEAD).nonzero()[:, 0]
+    return units, c[units]
 
 
 def measure(
@@ -104,20 +116,20 @@ def measure(
 ) -> LayerShift:
     """All numbers of one layer; natural quantities for at most ``max_units`` live units, the same ones every time."""
     rows, m = signal.rows, signal.delta.shape[1]
-    c = signal.delta.square().mean(0, dtype=torch.float64)
+    c = mean_square(signal.delta)
     alive = c >= DEAD
     order = torch.randperm(m, generator=generator("bias_shift.units", seed)).to(alive.device)
     units = order[alive[order]][:max_units].sort().values
     found = _none(rows.device) if len(units) == 0 else natural(
-        signal, units, damping=damping, bias=bias, solve=solve
+        signal, units, c[units], damping=damping, bias=bias, solve=solve
     )  # fmt: skip
     g = signal.g.unflatten(0, (len(rows), -1))
     dz = rows @ g.mT
     if bias:
         dz += signal.g0.view(len(rows), 1, -1)
-    plain = torch.where(alive, shift_fraction(dz).flatten().to(torch.float64), math.nan)
-    means = rows.mean(1, dtype=torch.float64)
-    power = rows.square().sum(-1).mean(dtype=torch.float64) * len(rows)
+    plain = torch.where(alive, shift_fraction(dz).flatten(), math.nan)
+    means = rows.mean(1).to(torch.float64)
+    power = torch.linalg.vector_norm(rows).to(torch.float64).square() / rows.shape[1]
     values = {"shift_fraction": plain, "c": c, "unit": found.units, "shift_fraction_natural": found.shift,
               "cos_natural": found.cos, "k": found.k, "s": found.s}  # fmt: skip
     return LayerShift(
@@ -147,8 +159,8 @@ def unmeasured(units: int) -> LayerShift:
 
 def median(values: Tensor) -> float:
     """Median of the entries that are numbers; NaN where there is none."""
-    numbers = values[~values.isnan()]
-    return float(numbers.quantile(0.5)) if len(numbers) else math.nan
+    numbers = [value for value in values.flatten().tolist() if value == value]
+    return statistics.median(numbers) if numbers else math.nan
 
 
 def _none(device: torch.device) -> Natural:

@@ -59,39 +59,40 @@ class Passes:
 
 
 @contextlib.contextmanager
-def no_trace(model: nn.Module, *, training: bool | None, seed: int) -> Generator[None]:
-    """Run with gradients, in full precision and with private random numbers; put back all that a pass may change.
+def full_precision(model: nn.Module) -> Generator[None]:
+    """Outside autocast and inference mode, on the device of the model."""
+    device = next((p.device.type for p in model.parameters()), "cpu")
+    with torch.inference_mode(False), torch.autocast(device, enabled=False):
+        yield
 
-    Afterwards modes, buffers and the global generators are what they were, also after an exception.
+
+@contextlib.contextmanager
+def no_trace(model: nn.Module, *, training: bool | None, seed: int) -> Generator[None]:
+    """Run with gradients and private random numbers; put back all that a pass may change, also after an exception.
+
+    Buffers are exchanged for copies meanwhile: writing to the originals and restoring their values would still spoil a
+    graph of the user's that waits for its backward pass.
     """
     modes = [(module, module.training) for module in model.modules()]
-    buffers = [
-        (module, name, buffer, None if buffer is None else buffer.clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-    ]
-    device = next((p.device.type for p in model.parameters()), "cpu")
+    buffers = [(module, dict(module._buffers)) for module in model.modules()]
+    copies = {
+        id(each): each.clone() for _, own in buffers for each in own.values() if each is not None
+    }
     states = rng_state()
     try:
         torch.manual_seed(stream_seed("bias_shift", seed))
+        for module, own in buffers:
+            module._buffers.update({name: copies.get(id(each)) for name, each in own.items()})
         if training is not None:
             model.train(training)
-        with (
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            torch.autocast(device, enabled=False),
-            _eager(model),
-        ):
+        with torch.enable_grad(), _eager(model):
             yield
     finally:
         set_rng_state(states)
         for module, mode in modes:
             module.training = mode
-        for module, name, buffer, before in buffers:
-            module._buffers[name] = buffer
-            if before is not None and not torch.equal(buffer, before):
-                with torch.no_grad():
-                    buffer.copy_(before)
+        for module, own in buffers:
+            module._buffers.update(own)
 
 
 def _eager(model: nn.Module) -> Any:
@@ -118,7 +119,7 @@ def passes(
     with Recorder(layers) as recorder:
         out = _call(model, x)
     calls = recorder.calls
-    term = Likelihood(getattr(out, "logits", out), y, likelihood)
+    term = Likelihood(getattr(out, "logits", out), _usable(y), likelihood)
     loss = term.negative_log()
     mean = float(loss.detach()) / term.terms
     if not torch.isfinite(loss):
@@ -182,7 +183,8 @@ def signal_of(name: str, layer: Any, seen: Passes, *, max_rows: int | None, seed
         delta.append(output_rows(layer, first, some).to(wide))
         g = g + weight_gradient(layer, x, second.to(wide)) / total
         g0 = g0 + output_rows(layer, second, None).sum(0, dtype=wide) / total
-    return Signal(torch.cat(rows, 1), torch.cat(delta), g, g0)
+    one = len(calls) == 1
+    return Signal(rows[0] if one else torch.cat(rows, 1), delta[0] if one else torch.cat(delta), g, g0)
 
 
 def _picked(total: int, most: int | None, stream: torch.Generator) -> Tensor | None:

@@ -81,7 +81,7 @@ def test_both_direct_forms_agree_and_chunks_change_nothing(monkeypatch):
     args = fisher.weights, fisher.absolute, right.movedim(0, -1)
     torch.testing.assert_close(fisher._row_space().solve(*args), fisher._column_space().solve(*args), rtol=1e-9, atol=1e-9)
     whole = fisher.solve(right).x
-    monkeypatch.setattr("pullback.methods.elu.fisher.MEMORY", 1)
+    monkeypatch.setattr("pullback.methods.elu.fisher._CACHE", 1)
     torch.testing.assert_close(fisher.solve(right).x, whole, rtol=1e-12, atol=1e-12)
 
 
