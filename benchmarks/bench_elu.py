@@ -33,11 +33,14 @@ def data() -> tuple[torch.Tensor, torch.Tensor]:
     return x, (x @ torch.randn(UNITS, 10, generator=g)).argmax(1)
 
 
-def ratio_to(passes: Callable[[], object], what: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+def ratio_to(
+    passes: Callable[[], object], what: dict[str, Callable[[], object]], repeats: int
+) -> dict[str, float]:
     """Median ratios of processor time, repetitions interleaved."""
     taken = seconds({"pass": passes, **what}, repeats=repeats, clock=time.process_time)
     return {
-        name: statistics.median(a / b for a, b in zip(taken[name], taken["pass"], strict=True)) for name in what
+        name: statistics.median(a / b for a, b in zip(taken[name], taken["pass"], strict=True))
+        for name in what
     }
 
 
@@ -60,7 +63,9 @@ def probe_rows() -> list[Row]:
 
     default, empirical = probe(), probe(fisher="empirical")
     every, cg = probe(max_units=None), probe(max_units=None, solver="cg")
-    found = ratio_to(passes, {"default": lambda: default.measure(x, y), "empirical": lambda: empirical.measure(x, y)}, 15)
+    found = ratio_to(
+        passes, {"default": lambda: default.measure(x, y), "empirical": lambda: empirical.measure(x, y)}, 15
+    )
     slow = ratio_to(
         passes,
         {

@@ -15,7 +15,10 @@ from pullback.methods.dann import DomainAdversarialLoss as DomainAdversarialLoss
 from pullback.methods.dann import GradientReversal as GradientReversal
 from pullback.methods.dann import ShallowDANN as ShallowDANN
 from pullback.methods.dann import proxy_a_distance as proxy_a_distance
-from pullback.methods.elu import Elu as Elu
+from pullback.methods.elu import BiasShiftProbe as BiasShiftProbe
+from pullback.methods.elu import activation_gain as activation_gain
+from pullback.methods.elu import init_gain_ as init_gain_
+from pullback.methods.elu import swap_activations as swap_activations
 from pullback.methods.gcond import ConflictResolver as ConflictResolver
 from pullback.methods.gcond import GradientConductor as GradientConductor
 from pullback.methods.gcond import MomentumWriter as MomentumWriter
@@ -48,11 +51,11 @@ __all__ = [
     "SAMGS",
     "Attachment",
     "BetaKernel",
+    "BiasShiftProbe",
     "ClipGradNorm",
     "ConflictMonitor",
     "ConflictResolver",
     "DomainAdversarialLoss",
-    "Elu",
     "GradientAnnealing",
     "GradientConductor",
     "GradientHistograms",
@@ -68,6 +71,7 @@ __all__ = [
     "ShallowDANN",
     "TaskAccumulator",
     "TrAct",
+    "activation_gain",
     "add_gradient_noise_",
     "attach",
     "cite",
@@ -75,6 +79,7 @@ __all__ = [
     "distillation_loss",
     "flip_threshold",
     "gradient_snr",
+    "init_gain_",
     "insert_norms",
     "lmo_groups",
     "multitask_backward",
@@ -82,6 +87,7 @@ __all__ = [
     "proxy_a_distance",
     "schedules",
     "solution_stability",
+    "swap_activations",
     "tract",
     "weight_matrices",
 ]

@@ -1,8 +1,8 @@
 r"""The damped Fisher matrix of single units, and solves with it.
 
 For one unit with incoming activations a (1 appended) and :math:`\delta = d \ln p / dz` the unit Fisher is
-:math:`F = E[\delta^2 a a^T] = c\,E_q[a a^T]` with :math:`c = E[\delta^2]` and :math:`q \propto \delta^2 p` (Clevert et al.
-2016, section 2). What is solved is F / c, so that units with large and with small derivatives are treated alike.
+:math:`F = E[\delta^2 a a^T] = c\,E_q[a a^T]` with :math:`c = E[\delta^2]` and :math:`q \propto \delta^2 p` (Clevert et
+al. 2016, section 2). What is solved is F / c, so that units with large and with small derivatives are treated alike.
 """
 
 from __future__ import annotations
@@ -21,8 +21,12 @@ MEMORY = 2**26
 """Bytes of one array of all matrices of a chunk of units on an accelerator; up to four such arrays live at a time."""
 
 _CACHE = 2**20  # the same on the host, where large arrays cost more than small calls
-_WORK = 2**18  # entries of weighted rows at a time: they stay in the cache between being made and being multiplied
-_BLOCKS = 2  # of rows of a symmetric matrix; the upper triangle is left out but for the blocks on the diagonal
+_WORK = (
+    2**18
+)  # entries of weighted rows at a time: they stay in the cache between being made and being multiplied
+_BLOCKS = (
+    2  # of rows of a symmetric matrix; the upper triangle is left out but for the blocks on the diagonal
+)
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,10 @@ class UnitFisher:
         parts = [
             space.solve(weights, damping, each.to(torch.float64).movedim(0, -1))
             for weights, damping, each in zip(
-                self.weights.split(chunk, dim=1), self.absolute.split(chunk), right.split(chunk, dim=1), strict=True
+                self.weights.split(chunk, dim=1),
+                self.absolute.split(chunk),
+                right.split(chunk, dim=1),
+                strict=True,
             )
         ]
         return Solved(torch.cat(parts).movedim(-1, 0))
@@ -115,10 +122,15 @@ class _ColumnSpace:
         shares = weights.T.contiguous() / count  # [u, R]
         out = self.mean.new_empty(len(shares), n + self.bias, n + self.bias)
         self._covariances(shares.sqrt(), out)
-        total = shares.sum(1, keepdim=True).to(torch.float64)  # 1 up to rounding, which a large mean would make large
+        total = shares.sum(1, keepdim=True).to(
+            torch.float64
+        )  # 1 up to rounding, which a large mean would make large
         off = (shares @ self.centred.T).to(torch.float64)  # E_q[a] - mean, [u, n]
         last = off + total * self.mean
-        left, right = torch.stack([off, self.mean.expand_as(off)], 2), torch.stack([self.mean.expand_as(off), last], 1)
+        left, right = (
+            torch.stack([off, self.mean.expand_as(off)], 2),
+            torch.stack([self.mean.expand_as(off), last], 1),
+        )
         out[:, :n, :n].baddbmm_(left, right)
         if self.bias:
             out[:, n, :n] = last

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from pullback.core.checks import choice, instance, positive, shown
@@ -157,7 +157,8 @@ def activation_moments(activation: Activation, *, std: float = 1.0) -> Moments:
     s = positive("std", std)
     if not callable(activation) or isinstance(activation, type):
         raise TypeError(
-            f"activation must be a module or an elementwise function, got {shown(activation)}. Pass nn.ELU(), not nn.ELU."
+            f"activation must be a module or an elementwise function, got {shown(activation)}. "
+            "Pass nn.ELU(), not nn.ELU."
         )
     mean, square = _closed_form(activation, s) or _integrated(activation, s)
     if not (math.isfinite(mean) and math.isfinite(square)):
@@ -274,7 +275,9 @@ def _chosen(model: nn.Module, layers: Iterable[str] | None) -> dict[str, Any]:
         raise ValueError("layers must name at least one layer, got none. Pass None for all layers.")
     for name in wanted:
         if name not in known:
-            raise ValueError(f"layers must name modules of the model, got {name!r}. Known: {shown(list(known)[1:])}")
+            raise ValueError(
+                f"layers must name modules of the model, got {name!r}. Known: {shown(list(known)[1:])}"
+            )
         instance(f"layers[{name!r}]", known[name], LAYERS)
     return {name: known[name] for name in wanted}
 
@@ -284,5 +287,5 @@ def _plain(name: str, layer: Any) -> None:
         raise ValueError(
             f"{name or 'model'}.weight must be plain, got a parametrised one. Initialise before the parametrization."
         )
-    if isinstance(layer.weight, UninitializedTensorMixin):
+    if is_lazy(layer.weight):
         raise ValueError(f"{name or 'model'}.weight must exist, got a lazy one. Run the model once before.")

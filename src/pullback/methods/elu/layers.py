@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from types import TracebackType
@@ -46,8 +47,8 @@ def named_layers(model: nn.Module, wanted: Iterable[str] | None) -> dict[str, An
         found = {name: module for name, module in known.items() if isinstance(module, LAYERS)}
         if not found:
             raise ValueError(
-                f"model must hold a Linear, Conv1d, Conv2d or Conv3d layer, got {type(model).__name__} without one. The "
-                "unit Fisher is defined for these."
+                f"model must hold a Linear, Conv1d, Conv2d or Conv3d layer, got {type(model).__name__} without one. "
+                "The unit Fisher is defined for these."
             )
         return found
     if isinstance(wanted, str):
@@ -97,12 +98,14 @@ class Recorder:
             handle.remove()
 
     def _hook(self, name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> Tensor | None:
+        def hook(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor
+        ) -> Tensor | None:
             del module
             if not torch.is_grad_enabled():
                 raise RuntimeError(
-                    f"layer {name!r} must run with gradients, got a call under no_grad. A reentrant checkpoint does that: "
-                    "use use_reentrant=False, or leave the layer out."
+                    f"layer {name!r} must run with gradients, got a call under no_grad. A reentrant checkpoint does "
+                    "that: use use_reentrant=False, or leave the layer out."
                 )
             seen = args[0] if args else kwargs["input"]
             # A pre-activation without a graph (frozen layers) starts one; a view is copied, because an activation that
@@ -127,8 +130,8 @@ def check_unchanged(name: str, call: Call) -> None:
     """
     if call.input._version != call.version:
         raise RuntimeError(
-            f"the input of layer {name!r} must not be overwritten after its call, got a tensor changed in place. Use the "
-            "out-of-place operation in the model."
+            f"the input of layer {name!r} must not be overwritten after its call, got a tensor changed in place. Use "
+            "the out-of-place operation in the model."
         )
 
 
@@ -138,7 +141,7 @@ def check_unchanged(name: str, call: Call) -> None:
 def count_rows(layer: Layer, call: Call) -> int:
     """Rows of one call: every leading index of a linear layer, every position of a convolution."""
     if isinstance(layer, nn.Linear):
-        return call.shape[:-1].numel()
+        return math.prod(call.shape[:-1])
     return call.shape.numel() // max(layer.out_channels, 1)
 
 

@@ -20,8 +20,8 @@ class Likelihood:
     """The distribution of ``y`` given the model's output ``out``; one *term* is one independent observation.
 
     Categorical: ``y`` holds classes [B, ...], ``out`` logits [B, C, ...] (as ``cross_entropy``) or [B, ..., C]; every
-    label that is not -100 is a term. Bernoulli: ``out`` holds logits of the shape of ``y``; Gaussian: means, variance 1.
-    For these every row of the batch is a term.
+    label that is not -100 is a term. Bernoulli: ``out`` holds logits of the shape of ``y``; Gaussian: means, variance
+    1. For these every row of the batch is a term.
 
     Args:
         out: output of the model; it may have a graph.
@@ -34,7 +34,9 @@ class Likelihood:
     """
 
     def __init__(self, out: Any, y: Any, kind: Kind = "auto") -> None:
-        instance("the model's output", out, Tensor, fix="Wrap the model so that it returns its logits or means.")
+        instance(
+            "the model's output", out, Tensor, fix="Wrap the model so that it returns its logits or means."
+        )
         instance("y", y, Tensor)
         if not out.is_floating_point():
             raise TypeError(f"the model's output must be floating, got {out.dtype}. Return logits or means.")
@@ -81,7 +83,9 @@ class Likelihood:
 def _classes(out: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Logits [N, C] and labels [N]."""
     if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
-        raise TypeError(f"y must hold classes of an integer dtype, got {y.dtype}. Use y.long(), or another likelihood.")
+        raise TypeError(
+            f"y must hold classes of an integer dtype, got {y.dtype}. Use y.long(), or another likelihood."
+        )
     if out.dim() >= 1 and y.dim() == out.dim() - 1:
         if out.dim() > 1 and out.shape[:1] + out.shape[2:] == y.shape:
             out = out.movedim(1, -1)

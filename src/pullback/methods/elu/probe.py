@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Literal, TypeAlias, final
 
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from pullback.core.checks import (
@@ -43,10 +43,10 @@ class BiasShiftProbe(Probe):
     what part of the plain gradient step is such a common shift, what part of the natural gradient restricted to each
     unit is, how far the two directions differ, and how far incoming activations are from being centred.
 
-    The model is run as it is, once forwards and twice backwards (once with ``fisher="empirical"``), outside autocast and
-    compilation, with private random numbers. Parameters, gradients, buffers, modes, hooks and generators are afterwards
-    what they were, also after an exception. Under DistributedDataParallel call it on one rank or on all: nothing is
-    communicated, each rank reads its own batch.
+    The model is run as it is, once forwards and twice backwards (once with ``fisher="empirical"``), outside autocast
+    and compilation, with private random numbers. Parameters, gradients, buffers, modes, hooks and generators are
+    afterwards what they were, also after an exception. Under DistributedDataParallel call it on one rank or on all:
+    nothing is communicated, each rank reads its own batch.
 
     Args:
         model: module that maps inputs to logits or means. The attribute may be set to another model later.
@@ -56,12 +56,12 @@ class BiasShiftProbe(Probe):
             ``"empirical"`` takes the real ones.
         damping: multiple of ``mean(diag F)`` added to the diagonal of every unit's Fisher matrix F.
         max_rows: rows (examples, or positions of a convolution) that are used, drawn evenly; None for all. Means and
-            Fisher matrices then have a relative standard error of about ``1 / sqrt(max_rows)``; gradients are of all rows.
+            Fisher matrices then have a relative standard error of ``1 / sqrt(max_rows)`` or so; gradients are of all rows.
         max_units: live units per layer for which natural quantities are computed, drawn evenly and the same in every
-            measurement; None for all. Medians over u of m units have a standard error of about 1.25 sd sqrt((1/u - 1/m)).
-            Quantities that need no solve are of all units, and so is `unit_natural_gradient`.
-        solver: ``"exact"`` factorises every unit's matrix, ``"cg"`` iterates on all units at once (worth it for all units
-            of layers of about 300 to 2,000 inputs).
+            measurement; None for all. Medians over u of m units have a standard error of about 1.25 sd sqrt((1/u -
+            1/m)). Quantities that need no solve are of all units, and so is `unit_natural_gradient`.
+        solver: ``"exact"`` factorises every unit's matrix, ``"cg"`` iterates on all units at once (worth it for all
+            units of layers of about 300 to 2,000 inputs).
         tolerance: relative residual at which ``"cg"`` stops.
         max_iterations: of ``"cg"``; a warning says when they did not suffice.
         likelihood: ``"categorical"``, ``"bernoulli"`` (logits), ``"gaussian"`` (variance 1), or ``"auto"``: categorical
@@ -131,22 +131,25 @@ class BiasShiftProbe(Probe):
 
         Raises:
             NonFiniteError: if loss, activations or derivatives hold NaN or Inf and the policy is ``"raise"``.
-            RuntimeError: if a unit's Fisher matrix is singular at this damping, if a layer runs without gradients, or if
-                its input is overwritten afterwards.
+            RuntimeError: if a unit's Fisher matrix is singular at this damping, if a layer runs without gradients, or
+                if its input is overwritten afterwards.
             ValueError: if labels do not fit the output, or a named layer did not run.
         """
         found, loss = {}, math.nan
         with full_precision(self.model):
             for name, layer, seen, signal in self._signals(x, y):
-                loss, missing = seen.loss, signal is None
-                found[name] = unmeasured(_units(layer)) if missing else self._measured(name, layer, signal, per_unit)
+                loss = seen.loss
+                if signal is None:
+                    found[name] = unmeasured(_units(layer))
+                else:
+                    found[name] = self._measured(name, layer, signal, per_unit)
         return BiasShiftReport(self.fisher, self.damping, loss, found)
 
     def unit_natural_gradient(self, x: Any, y: Tensor) -> dict[str, Tensor]:
         """The natural gradient of every unit's incoming weights and bias (theorem 1), for all units of the layers.
 
-        It is F^-1 times the gradient of the mean loss over the batch, with F of one term of the likelihood; positions of a
-        convolution and of a sequence count as independent contributions to a term. Dead units get zeros.
+        It is F^-1 times the gradient of the mean loss over the batch, with F of one term of the likelihood; positions
+        of a convolution and of a sequence count as independent contributions to a term. Dead units get zeros.
 
         Args:
             x: as in `measure`.
@@ -177,7 +180,15 @@ class BiasShiftProbe(Probe):
         step = signal.g.new_zeros(len(signal.g), n + bias)
         if len(units):
             solved = self._guarded(
-                name, natural, signal, units, c, damping=self.damping, bias=bias, solve=self._solve, more=False
+                name,
+                natural,
+                signal,
+                units,
+                c,
+                damping=self.damping,
+                bias=bias,
+                solve=self._solve,
+                more=False,
             )
             self._converged(name, solved.iterations, solved.residual)
             step[units] = solved.step.to(step.dtype)
@@ -194,17 +205,17 @@ class BiasShiftProbe(Probe):
         model = unwrapped(instance("model", self.model, nn.Module))
         layers = named_layers(model, self.layers)
         for name, parameter in model.named_parameters():
-            if isinstance(parameter, UninitializedTensorMixin):
-                raise ValueError(f"model must be initialised, got the lazy parameter {name!r}. Run the model once before.")
+            if is_lazy(parameter):
+                raise ValueError(
+                    f"model must be initialised, got the lazy parameter {name!r}. Run the model once before."
+                )
         with no_trace(model, training=self.training, seed=self.seed):
-            seen = passes(
-                model, layers, x, y, fisher=self.fisher, likelihood=self.likelihood, seed=self.seed
-            )
+            seen = passes(model, layers, x, y, fisher=self.fisher, likelihood=self.likelihood, seed=self.seed)
         silent = [name for name, calls in seen.calls.items() if not calls]
         if silent and (self.layers is not None or len(silent) == len(layers)):
             raise ValueError(
-                f"layers must run in the forward pass, got {', '.join(silent)}, which did not. A fused or functional path "
-                "may use their weights without calling them."
+                f"layers must run in the forward pass, got {', '.join(silent)}, which did not. A fused or functional "
+                "path may use their weights without calling them."
             )
         for index, (name, layer) in enumerate(layers.items()):
             if name in silent:
@@ -255,8 +266,8 @@ class BiasShiftProbe(Probe):
         if iterations >= self.max_iterations:
             warnings.warn(
                 f"BiasShiftProbe: conjugate gradients in layer {name!r} stopped after max_iterations="
-                f"{self.max_iterations} at a relative residual of {residual:.1e}. Raise max_iterations or damping, or use "
-                "solver='exact'.",
+                f"{self.max_iterations} at a relative residual of {residual:.1e}. Raise max_iterations or damping, or "
+                "use solver='exact'.",
                 RuntimeWarning,
                 stacklevel=4,
             )
@@ -271,13 +282,19 @@ class BiasShiftProbe(Probe):
                     owners.setdefault(id(parameter), []).append(name)
         for name, layer in named_layers(model, self.layers).items():
             if parametrize.is_parametrized(layer):
-                raise ValueError(f"layers must have plain weights, got the parametrised {name!r}. Leave it out.")
+                raise ValueError(
+                    f"layers must have plain weights, got the parametrised {name!r}. Leave it out."
+                )
             for parameter in (layer.weight, layer.bias):
                 if type(parameter).__name__ == "DTensor":
-                    raise TypeError(f"weights must be whole, got a DTensor in {name!r}. Call it before fully_shard.")
+                    raise TypeError(
+                        f"weights must be whole, got a DTensor in {name!r}. Call it before fully_shard."
+                    )
                 if len(owners.get(id(parameter), ())) > 1:
                     shared = ", ".join(owners[id(parameter)])
-                    raise ValueError(f"weights must belong to one module, got one shared by {shared}. Leave them out.")
+                    raise ValueError(
+                        f"weights must belong to one module, got one shared by {shared}. Leave them out."
+                    )
 
 
 def _units(layer: Any) -> int:

@@ -24,7 +24,7 @@ _COLUMNS = (
 
 @dataclass(frozen=True)
 class LayerShift:
-    """One layer. "Incoming" are the activations that its units see; medians are over solved units unless said otherwise.
+    """One layer. "Incoming" are the activations that its units see; medians are over solved units, but where it is said.
 
     Args:
         mean_activation: mean of all incoming activations.
@@ -74,7 +74,7 @@ class BiasShiftReport:
         fisher: ``"model"`` or ``"empirical"``.
         damping: that was used.
         loss: mean loss on the batch.
-        layers: results by layer name, in the order of the model; ``report["fc3"]`` is short for ``report.layers["fc3"]``.
+        layers: results by layer name, in the order of the model; ``report["fc3"]`` is ``report.layers["fc3"]``.
     """
 
     fisher: str
@@ -89,7 +89,9 @@ class BiasShiftReport:
             KeyError: if there is no such layer; the message lists those there are.
         """
         if layer not in self.layers:
-            raise KeyError(f"there is no layer {layer!r} in this report. Its layers are {', '.join(self.layers)}.")
+            raise KeyError(
+                f"there is no layer {layer!r} in this report. Its layers are {', '.join(self.layers)}."
+            )
         return self.layers[layer]
 
     def table(self) -> str:
@@ -140,7 +142,9 @@ def median_variance(reports: Iterable[BiasShiftReport]) -> dict[str, float]:
     """
     seen = [instance("reports", each, BiasShiftReport) for each in reports]
     if len(seen) < 2:
-        raise ValueError(f"reports must hold at least 2 measurements, got {len(seen)}. Measure at several steps.")
+        raise ValueError(
+            f"reports must hold at least 2 measurements, got {len(seen)}. Measure at several steps."
+        )
     return {
         name: statistics.pvariance([each.layers[name].median_activation for each in seen])
         for name in seen[0].layers

@@ -71,10 +71,8 @@ def natural(
     return Natural(units, step, shift, cos, k, s, iterations, residual)
 
 
-def _numbers(
-    rows: Tensor, g: Tensor, x: Tensor, c: Tensor, *, bias: bool, more: bool
-) -> tuple[Tensor, ...]:
-    r"""Step, shift fraction, cosine, k and s of the units of one group from ``x`` = (F/c)^-1 (gradient, e_0) [k, u, n+1].
+def _numbers(rows: Tensor, g: Tensor, x: Tensor, c: Tensor, *, bias: bool, more: bool) -> tuple[Tensor, ...]:
+    r"""Step, shift fraction, cosine, k and s of the units of one group from ``x`` = (F/c)^-1 (gradient, e_0).
 
     With :math:`v = F^{-1} e_0 = s\,(-A^{-1} b,\,1)` theorem 2's multiplier is
     :math:`k = c\,s\,(1 - E_p[a]^T A^{-1} b) = c\,(E_p[a]^T v_w + v_0)`: no covariance has to be inverted.
@@ -112,7 +110,14 @@ def live_units(signal: Signal) -> tuple[Tensor, Tensor]:
 
 
 def measure(
-    signal: Signal, *, damping: float, bias: bool, solve: Solve, max_units: int | None, seed: int, per_unit: bool
+    signal: Signal,
+    *,
+    damping: float,
+    bias: bool,
+    solve: Solve,
+    max_units: int | None,
+    seed: int,
+    per_unit: bool,
 ) -> LayerShift:
     """All numbers of one layer; natural quantities for at most ``max_units`` live units, the same ones every time."""
     rows, m = signal.rows, signal.delta.shape[1]

@@ -1,4 +1,4 @@
-"""One forward and two backward passes that leave no trace: activations and derivatives of every probed layer, as rows."""
+"""One forward and two backward passes that leave no trace: activations and derivatives of the probed layers as rows."""
 
 from __future__ import annotations
 
@@ -75,9 +75,7 @@ def no_trace(model: nn.Module, *, training: bool | None, seed: int) -> Generator
     """
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(module, dict(module._buffers)) for module in model.modules()]
-    copies = {
-        id(each): each.clone() for _, own in buffers for each in own.values() if each is not None
-    }
+    copies = {id(each): each.clone() for _, own in buffers for each in own.values() if each is not None}
     states = rng_state()
     try:
         torch.manual_seed(stream_seed("bias_shift", seed))
@@ -128,9 +126,7 @@ def passes(
     sampled: Sequence[Tensor | None] = ()
     if fisher == "model" and edges:
         labels = term.sample(generator("bias_shift.labels", seed, device=term.out.device))
-        sampled = torch.autograd.grad(
-            term.negative_log(labels), edges, retain_graph=True, allow_unused=True
-        )
+        sampled = torch.autograd.grad(term.negative_log(labels), edges, retain_graph=True, allow_unused=True)
     real = torch.autograd.grad(loss, edges, allow_unused=True) if edges else ()
     by_layer = _sorted(calls, real)
     return Passes(mean, calls, _sorted(calls, sampled) if sampled else by_layer, by_layer)
@@ -148,9 +144,7 @@ def _usable(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
 
-def _sorted(
-    calls: Mapping[str, Sequence[Call]], grads: Sequence[Tensor | None]
-) -> dict[str, list[Tensor]]:
+def _sorted(calls: Mapping[str, Sequence[Call]], grads: Sequence[Tensor | None]) -> dict[str, list[Tensor]]:
     """Gradients by layer and call; zeros where the loss does not depend on the layer."""
     todo = iter(grads)
     found: dict[str, list[Tensor]] = {}
@@ -161,7 +155,7 @@ def _sorted(
 
 
 def signal_of(name: str, layer: Any, seen: Passes, *, max_rows: int | None, seed: int) -> Signal:
-    """Rows of one layer, in float32 (float64 where the layer computes in it); at most ``max_rows`` of them, drawn evenly."""
+    """Rows of one layer, at most ``max_rows`` drawn evenly, in float32 (float64 where the layer computes in it)."""
     calls, fisher, real = seen.calls[name], seen.fisher[name], seen.real[name]
     counts = [count_rows(layer, call) for call in calls]
     total = sum(counts)

@@ -1,8 +1,8 @@
 """Do ELU networks learn faster, does less bias shift explain it, and what is left when the initial variance is matched?
 
-`paper` repeats the paper's setting: He's initialisation and one learning rate for all. `tuned` gives every activation the
-gain that keeps its variance and its own best rate, and adds batch normalisation. `predict` asks across nine networks
-whether the shift fraction tells who has learned most after one epoch, better than trivial numbers do.
+`paper` repeats the paper's setting: He's initialisation and one learning rate for all. `tuned` gives every activation
+the gain that keeps its variance and its own best rate, and adds batch normalisation. `predict` asks across nine
+networks whether the shift fraction tells who has learned most after one epoch, better than trivial numbers do.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -91,7 +92,7 @@ class Config:
 
 @cache
 def digits() -> tuple[Tensor, Tensor]:
-    """10,000 digits as vectors of 784 in [0, 1], in the order of the data set's fixed shuffle; read once per process."""
+    """10,000 digits as vectors of 784 in [0, 1], in the data set's own shuffled order; read once per process."""
     data = mnist()
     return data.images.flatten(1).float() / 255, data.labels
 
@@ -112,7 +113,9 @@ def network(kind: Net, seed: int) -> nn.Sequential:
             model.add_module(f"bn{layer}", nn.BatchNorm1d(UNITS))
         model.add_module(f"act{layer}", kind.activation())
     model.add_module("head", nn.Linear(UNITS, 10))
-    init_gain_(model, kind.activation(), gain=math.sqrt(2.0) if kind.he else None, seed=stream_seed("elu", seed) >> 1)
+    init_gain_(
+        model, kind.activation(), gain=math.sqrt(2.0) if kind.he else None, seed=stream_seed("elu", seed) >> 1
+    )
     return model
 
 
@@ -190,7 +193,9 @@ def run(cfg: Config, arm: str, hp: Hyperparameters, seed: int, log: Log) -> Mapp
         shifts.append((first.shift_fraction + last.shift_fraction) / 2)
         for name, value in (("log_loss", loss), ("shift", shifts[-1]), ("abs_mean", means[-1])):
             log.value(name, value, number + 1)
-        log.value("natural_shift", (first.shift_fraction_natural + last.shift_fraction_natural) / 2, number + 1)
+        log.value(
+            "natural_shift", (first.shift_fraction_natural + last.shift_fraction_natural) / 2, number + 1
+        )
         log.value("cos_natural", (first.cos_natural + last.cos_natural) / 2, number + 1)
         if number == 0:
             found |= {"shift_3": first.shift_fraction, "shift_7": last.shift_fraction, "log_loss_1": loss}
@@ -292,26 +297,26 @@ TEST = Metric("test_accuracy", better="higher", unit="fraction")
 CORRELATION = Metric("correlation", better="higher", worst=-1.0)
 SEEDS = Seeds(test=tuple(range(200, 208)), tune=(100,))
 EPOCHS = Drawing(
-    "epochs", draw_epochs, "Means over seeds; shift fraction and mean are those of the inputs of layers 3 and 7."
+    "epochs",
+    draw_epochs,
+    "Means over seeds; shift fraction and mean are those of the inputs of layers 3 and 7.",
 )
-CANNOT = (
-    "Test errors on CIFAR-100 and ImageNet, 300 epochs, and convolutional networks with a schedule tuned for ReLU."
-)
+CANNOT = "Test errors on CIFAR-100 and ImageNet, 300 epochs, and convolutional networks with a schedule tuned for ReLU."
 DEVIATIONS = (
-    "7,000 digits instead of 60,000, 8 epochs instead of 300, 8 seeds instead of 5. The training loss is that of 2,000 fixed "
-    "training images. The probe sees 1,000 training images in training mode and solves for 16 of 128 units. "
+    "7,000 digits instead of 60,000, 8 epochs instead of 300, 8 seeds instead of 5. The training loss is that of 2,000 "
+    "fixed training images. The probe sees 1,000 training images in training mode and solves for 16 of 128 units. "
 )
 MNIST = PaperResult(
     "figure 2 (MNIST, 8 hidden layers of 128 units)",
     "training loss at learning rate 0.01, He's initialisation, 300 epochs, 5 runs",
-    note="falls much faster with ELU than with ReLU and leaky ReLU, and the median activation stays nearer to zero; curves "
-    "without numbers. CIFAR-100 test errors: ELU 28.75 %, SReLU 29.35 %, leaky ReLU 30.59 %, ReLU 31.56 %",
+    note="falls much faster with ELU than with ReLU and leaky ReLU, and the median activation stays nearer to zero; "
+    "curves without numbers. CIFAR-100 test errors: ELU 28.75 %, SReLU 29.35 %, leaky ReLU 30.59 %, ReLU 31.56 %",
 )
 
 
 def less_of(metric: Metric, *order: str) -> tuple[Claim, ...]:
     """Every arm of ``order`` has less of ``metric`` than the next one."""
-    return tuple(Greater(one, than=two, metric=metric) for one, two in zip(order, order[1:], strict=False))
+    return tuple(Greater(one, than=two, metric=metric) for one, two in pairwise(order))
 
 
 STUDIES: tuple[Study, ...] = (
@@ -341,20 +346,20 @@ STUDIES: tuple[Study, ...] = (
         refuted_if="the training loss after 8 epochs is not lower with ELU than with ReLU",
         cannot_test=CANNOT,
         deviations=DEVIATIONS
-        + "The arm elu-matched has ELU's own gain, 1.245, in place of He's 1.414, with which ELU networks have larger activations.",
+        + "The arm elu-matched has ELU's own gain, 1.245, in place of He's 1.414, with which ELU has larger activations.",
     ),
     Study(
         room="elu",
         name="tuned",
         title="ELU against ReLU with matched initial variance and a learning rate tuned for each; batch normalisation",
         run=run,
-        arms=Arms(
-            "relu", "elu", rivals=("lrelu", "srelu"), others=("elu-he", "relu-bn", "elu-bn")
-        ),
+        arms=Arms("relu", "elu", rivals=("lrelu", "srelu"), others=("elu-he", "relu-bn", "elu-bn")),
         primary=LOSS,
         sizes={"smoke": Config(True, epochs=1, images=640, probe=256), "full": Config(True)},
         hp={"*": {"lr": 0.08}},
-        tune=Tune(trials=8, select=LOSS, shared={"lr": Choice((0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64))}),
+        tune=Tune(
+            trials=8, select=LOSS, shared={"lr": Choice((0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64))}
+        ),
         seeds=SEEDS,
         claim=Greater("elu", than="relu"),
         also=(
@@ -372,20 +377,18 @@ STUDIES: tuple[Study, ...] = (
             "best at every rate from 1e-5 to 1e-2; batch normalisation improves ReLU and leaky ReLU, not ELU",
             note="all activations with He's initialisation",
         ),
-        refuted_if="at its tuned rate and with matched variance ELU's training loss is not lower than that of ReLU; against "
-        "leaky ReLU the verdict says 'reduces to' where the interval includes 0",
+        refuted_if="at its tuned rate and with matched variance ELU's training loss is not lower than that of ReLU; "
+        "against leaky ReLU the verdict says 'reduces to' where the interval includes 0",
         cannot_test=CANNOT,
         deviations=DEVIATIONS
-        + "Learning rates are tuned by the training loss of another seed, which is what the claim is about. elu-he has He's gain.",
+        + "Learning rates are tuned by the training loss, which the claim is about, on another seed. elu-he has He's gain.",
     ),
     Study(
         room="elu",
         name="predict",
         title="Does the shift fraction tell which of nine networks has learned most after one epoch?",
         run=predict,
-        arms=Arms(
-            "mean-ratio", "shift", rivals=("normalised",), others=("shift-before", "angle")
-        ),
+        arms=Arms("mean-ratio", "shift", rivals=("normalised",), others=("shift-before", "angle")),
         primary=CORRELATION,
         sizes={"smoke": Config(epochs=1, images=320, probe=128), "full": Config(epochs=1)},
         hp={"*": {"lr": 0.01}},
@@ -394,9 +397,11 @@ STUDIES: tuple[Study, ...] = (
         also=(Greater("shift", than="shift-before"),),
         timeout=300.0,
         figures=(Drawing("points", draw_points, "One dot per network, first seed."), PairedSeeds()),
-        paper=PaperResult("section 2", "the argument that less bias shift speeds up learning; no such measurement"),
-        refuted_if="over nine networks the shift fraction is no better correlated with the loss after an epoch than the mean "
-        "of the activations",
+        paper=PaperResult(
+            "section 2", "the argument that less bias shift speeds up learning; no such measurement"
+        ),
+        refuted_if="over nine networks the shift fraction is no better correlated with the loss after an epoch than "
+        "the mean of the activations",
         cannot_test="Whether the relation is causal.",
         deviations="Not an experiment of the paper. Spearman's correlation over four activations, two gains and batch "
         "normalisation; normalised knows only whether a network has batch normalisation.",

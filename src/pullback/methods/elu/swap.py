@@ -54,8 +54,8 @@ def swap_activations(model: nn.Module, match: Types, make: Callable[[], nn.Modul
 
     Raises:
         TypeError: if an argument has a wrong type, or ``make`` does not return a module.
-        ValueError: if nothing matches, ``model`` itself matches, or a matching module carries hooks, which would be lost.
-            Nothing has been changed then.
+        ValueError: if nothing matches, ``model`` itself matches, or a matching module carries hooks, which would be
+            lost. Nothing has been changed then.
     """
     instance("model", model, nn.Module)
     types = _types(match)
@@ -66,8 +66,8 @@ def swap_activations(model: nn.Module, match: Types, make: Callable[[], nn.Modul
         )
     if type(model) in types:
         raise ValueError(
-            f"model must hold the activations, got {type(model).__name__}, which matches itself. Replace it where it is "
-            "used."
+            f"model must hold the activations, got {type(model).__name__}, which matches itself. Replace it where it "
+            "is used."
         )
     places = list(_places(model, types))
     calls = functional_calls(model, types)
@@ -78,7 +78,9 @@ def swap_activations(model: nn.Module, match: Types, make: Callable[[], nn.Modul
     for parent, name, old in places:
         setattr(parent, name, fresh[id(old)])
         if isinstance(parent, nn.TransformerEncoderLayer):
-            parent.activation_relu_or_gelu = 0  # else its fused path in evaluation would go on with the old activation
+            parent.activation_relu_or_gelu = (
+                0  # else its fused path in evaluation would go on with the old activation
+            )
     _tell(model, keys, calls)
     return len(fresh)
 
@@ -88,7 +90,8 @@ def _types(match: Any) -> tuple[type[nn.Module], ...]:
     for each in types:
         if not (isinstance(each, type) and issubclass(each, nn.Module)):
             raise TypeError(
-                f"match must be a module type or a tuple of them, got {shown(each)}. Write nn.ReLU or (nn.ReLU, nn.GELU)."
+                f"match must be a module type or a tuple of them, got {shown(each)}. "
+                "Write nn.ReLU or (nn.ReLU, nn.GELU)."
             )
     if not types:
         raise ValueError("match must name at least one type, got (). Write nn.ReLU.")
@@ -121,8 +124,8 @@ def _replacements(olds: list[nn.Module], make: Callable[[], nn.Module]) -> dict[
             raise TypeError(f"make must return a module, got {shown(made)}. Write lambda: nn.ELU().")
         if any(made is each for each in fresh.values()):
             raise ValueError(
-                f"make must return a new module each time, got the same {type(made).__name__} twice. Instances that were "
-                "distinct must stay distinct."
+                f"make must return a new module each time, got the same {type(made).__name__} twice. Instances that "
+                "were distinct must stay distinct."
             )
         fresh[id(old)] = made.train(old.training)
     return fresh
@@ -132,8 +135,8 @@ def _tell(model: nn.Module, keys: set[str], calls: tuple[str, ...]) -> None:
     changed = sorted(keys ^ set(model.state_dict()))
     if changed:
         warnings.warn(
-            f"swap_activations: keys of the state_dict changed: {', '.join(changed)}. Older checkpoints do not fit, and "
-            "an optimizer must be made after the swap.",
+            f"swap_activations: keys of the state_dict changed: {', '.join(changed)}. Older checkpoints do not fit, "
+            "and an optimizer must be made after the swap.",
             stacklevel=3,
         )
     if calls:
@@ -183,9 +186,7 @@ def functional_calls(model: nn.Module, match: Types) -> tuple[str, ...]:
             if callable(value) and not isinstance(value, nn.Module) and _is_in(value, functions)
         }
         if not type(module).__module__.startswith("torch."):
-            found |= {
-                f"{kind}.{method}: {name}" for method, name in _called(type(module)) if name in wanted
-            }
+            found |= {f"{kind}.{method}: {name}" for method, name in _called(type(module)) if name in wanted}
     return tuple(sorted(found))
 
 

@@ -64,7 +64,9 @@ def reweighted(a: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
     weight = delta.double().square() / delta.double().square().sum()
     mean = sum(w * row for w, row in zip(weight, a.double(), strict=True))
     centred = a.double() - mean
-    return torch.as_tensor(mean), sum(w * torch.outer(row, row) for w, row in zip(weight, centred, strict=True))
+    return torch.as_tensor(mean), sum(
+        w * torch.outer(row, row) for w, row in zip(weight, centred, strict=True)
+    )
 
 
 def theorem_two(a: Tensor, delta: Tensor, g: Tensor, g0: Tensor) -> tuple[float, float, float]:

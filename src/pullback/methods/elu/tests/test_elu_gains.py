@@ -53,7 +53,9 @@ def test_moments_and_centred_gain_of_elu():
 
 @given(alpha=st.floats(0.01, 3.0), s=st.floats(0.05, 4.0))
 def test_elu_moments_are_the_reference(alpha, s):
-    assert activation_moments(nn.ELU(alpha), std=s) == pytest.approx(reference.elu_moments(alpha, s), rel=1e-9)
+    assert activation_moments(nn.ELU(alpha), std=s) == pytest.approx(
+        reference.elu_moments(alpha, s), rel=1e-9
+    )
 
 
 @pytest.mark.parametrize("activation", CLOSED, ids=repr)
@@ -64,7 +66,9 @@ def test_closed_forms_are_the_integral(activation, s):
     assert exact == pytest.approx(integral, abs=1e-4 if kinks else 1e-8)
 
 
-@pytest.mark.parametrize("activation", [SReLU(), nn.Hardtanh(-2.0, 0.5), nn.ELU(0.7), nn.GELU(), nn.Softplus()])
+@pytest.mark.parametrize(
+    "activation", [SReLU(), nn.Hardtanh(-2.0, 0.5), nn.ELU(0.7), nn.GELU(), nn.Softplus()]
+)
 def test_draws_agree(activation):
     z = 1.3 * torch.randn(2**19, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     values = activation(z)
@@ -93,7 +97,9 @@ def test_the_gain_keeps_the_variance_of_a_deep_network():
 def test_a_function_and_large_and_small_scales():
     assert activation_gain(torch.relu) == pytest.approx(2**0.5, rel=1e-9)
     assert activation_gain(nn.ReLU(inplace=True)) == pytest.approx(2**0.5, rel=1e-9)
-    assert activation_gain(nn.ELU(), std=200.0) == pytest.approx(2**0.5, rel=1e-3)  # the negative part saturates
+    assert activation_gain(nn.ELU(), std=200.0) == pytest.approx(
+        2**0.5, rel=1e-3
+    )  # the negative part saturates
     assert activation_gain(nn.ELU(), std=1e-3) == pytest.approx(1.0, rel=1e-2)  # nearly the identity
     weighted = nn.PReLU(init=0.1)
     assert activation_gain(weighted) == pytest.approx(activation_gain(LReLU()), rel=1e-6)
@@ -104,20 +110,40 @@ def test_a_function_and_large_and_small_scales():
     ("make", "error", "message"),
     [
         (lambda: untyped_gain(nn.ELU), TypeError, r"activation must be a module or .*Pass nn\.ELU\(\)"),
-        (lambda: untyped_gain("elu"), TypeError, "activation must be a module or an elementwise function, got 'elu'"),
+        (
+            lambda: untyped_gain("elu"),
+            TypeError,
+            "activation must be a module or an elementwise function, got 'elu'",
+        ),
         (lambda: activation_gain(nn.ELU(), std=0.0), ValueError, "std must be > 0, got 0"),
-        (lambda: activation_gain(nn.Softmax(0)), ValueError, "activation must map every entry by itself, got Softmax"),
+        (
+            lambda: activation_gain(nn.Softmax(0)),
+            ValueError,
+            "activation must map every entry by itself, got Softmax",
+        ),
         (lambda: activation_gain(nn.GLU()), ValueError, "activation must map every entry by itself"),
         (lambda: activation_gain(torch.zeros_like), ValueError, "activation must vary with its input"),
         (lambda: activation_gain(torch.ones_like, centred=True), ValueError, "activation must vary"),
         (lambda: activation_gain(lambda x: x / 0), ValueError, "activation must have finite moments"),
-        (lambda: init_gain_(nn.ReLU(), nn.ELU()), ValueError, "model must hold a Linear or Conv layer, got ReLU"),
+        (
+            lambda: init_gain_(nn.ReLU(), nn.ELU()),
+            ValueError,
+            "model must hold a Linear or Conv layer, got ReLU",
+        ),
         (lambda: untyped_init(3, nn.ELU()), TypeError, "model must be of type Module"),
-        (lambda: untyped_init(nn.Linear(2, 2), nn.ELU(), mode="avg"), ValueError, "mode must be one of 'fan_in'"),
+        (
+            lambda: untyped_init(nn.Linear(2, 2), nn.ELU(), mode="avg"),
+            ValueError,
+            "mode must be one of 'fan_in'",
+        ),
         (lambda: init_gain_(nn.Linear(2, 2), nn.ELU(), gain=-1.0), ValueError, "gain must be > 0, got -1"),
         (lambda: init_gain_(nn.Linear(2, 2), nn.ELU(), layers=["a"]), ValueError, "layers must name modules"),
         (lambda: init_gain_(nn.Linear(2, 2), nn.ELU(), layers="a"), TypeError, "layers must be names"),
-        (lambda: init_gain_(nn.Linear(2, 2), nn.ELU(), layers=[]), ValueError, "at least one layer, got none"),
+        (
+            lambda: init_gain_(nn.Linear(2, 2), nn.ELU(), layers=[]),
+            ValueError,
+            "at least one layer, got none",
+        ),
         (lambda: init_gain_(nn.LazyLinear(2), nn.ELU()), ValueError, "weight must exist, got a lazy one"),
         (
             lambda: init_gain_(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)), nn.ELU()),
@@ -133,18 +159,18 @@ def test_what_makes_no_sense_is_named(make, error, message):
 
 def test_init_draws_are_paired_and_leave_the_generators_alone():
     before = rng_state()
-    one, two = (nn.Sequential(nn.Linear(30, 20), nn.Conv1d(6, 8, 3, groups=2)) for _ in range(2))
+    one, two = ([nn.Linear(30, 20), nn.Conv1d(6, 8, 3, groups=2)] for _ in range(2))
     assert same(rng_state()["numpy"], before["numpy"])
     state = rng_state()
-    init_gain_(one, nn.ELU(), seed=7)
-    init_gain_(two, nn.ReLU(), seed=7)
+    init_gain_(nn.Sequential(*one), nn.ELU(), seed=7)
+    init_gain_(nn.Sequential(*two), nn.ReLU(), seed=7)
     assert same(rng_state(), state)
     ratio = activation_gain(nn.ELU()) / activation_gain(nn.ReLU())
-    for p, q in zip(one.parameters(), two.parameters(), strict=True):
+    for p, q in zip(nn.Sequential(*one).parameters(), nn.Sequential(*two).parameters(), strict=True):
         torch.testing.assert_close(p, q * ratio if p.dim() > 1 else q)
     assert not one[0].bias.any()
     weight = one[0].weight.detach().clone()
-    init_gain_(one, nn.ELU(), seed=8)
+    init_gain_(nn.Sequential(*one), nn.ELU(), seed=8)
     assert not torch.equal(weight, one[0].weight)
 
 
@@ -159,7 +185,7 @@ def test_shared_weights_are_drawn_once_and_selected_layers_only():
     one, two = nn.Linear(4, 4), nn.Linear(4, 4)
     two.weight = one.weight
     assert init_gain_(nn.Sequential(one, two), nn.ELU()) == 1
-    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    net: Any = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     last = net[1].weight.detach().clone()
     assert init_gain_(net, nn.ELU(), layers=["0"]) == 1
     assert torch.equal(net[1].weight, last)
@@ -175,7 +201,9 @@ def test_elu_of_torch_is_the_papers_to_one_ulp_with_its_derivative(alpha):
     torch.testing.assert_close(nn.ELU(alpha)(x), wanted, rtol=2.3e-16, atol=0)
     x.requires_grad_()
     (slope,) = torch.autograd.grad(nn.ELU(alpha)(x).sum(), [x])
-    wanted = torch.tensor([reference.elu_derivative(float(v), alpha) for v in x.detach()], dtype=torch.float64)
+    wanted = torch.tensor(
+        [reference.elu_derivative(float(v), alpha) for v in x.detach()], dtype=torch.float64
+    )
     torch.testing.assert_close(slope, wanted, rtol=1e-15, atol=1e-15)
 
 
@@ -191,7 +219,9 @@ def test_units_are_differentiable_twice_and_large_inputs_give_no_nan(unit):
     x = torch.tensor([-2.3, -0.4, 0.2, 1.7], dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(unit, x)
     assert torch.autograd.gradgradcheck(unit, x)
-    far = torch.tensor([1e4, -1e4], requires_grad=True)  # exp(1e4) overflows where it is computed for all entries
+    far = torch.tensor(
+        [1e4, -1e4], requires_grad=True
+    )  # exp(1e4) overflows where it is computed for all entries
     unit(far).sum().backward()
     assert far.grad is not None
     assert far.grad.isfinite().all()

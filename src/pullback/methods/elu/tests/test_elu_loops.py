@@ -26,7 +26,15 @@ def batch(rows=60, seed=0):
 
 def net(activation=nn.ELU, seed=0, *, norm=False):
     norms = [nn.BatchNorm1d(16), nn.BatchNorm1d(16)] if norm else [nn.Identity(), nn.Identity()]
-    layers = [nn.Linear(8, 16), norms[0], activation(), nn.Linear(16, 16), norms[1], activation(), nn.Linear(16, 3)]
+    layers = [
+        nn.Linear(8, 16),
+        norms[0],
+        activation(),
+        nn.Linear(16, 16),
+        norms[1],
+        activation(),
+        nn.Linear(16, 3),
+    ]
     model = nn.Sequential(*layers)
     init_gain_(model, activation(), seed=seed)
     return model
@@ -53,7 +61,7 @@ class Failing(nn.Module):
 @pytest.mark.parametrize("where", ["forward", "backward"])
 @pytest.mark.parametrize("training", [None, True, False])
 def test_nothing_is_left_behind_also_after_an_exception(where, training):
-    inner = nn.Sequential(net(norm=True), nn.Dropout(0.5))
+    inner: Any = nn.Sequential(net(norm=True), nn.Dropout(0.5))
     inner[0][1].eval()
     model = Failing(inner, where)
     x, y = batch()
@@ -80,9 +88,9 @@ def test_a_rebound_buffer_is_put_back():
             super().__init__(8, 3)
             self.register_buffer("calls", torch.zeros(()))
 
-        def forward(self, x):
+        def forward(self, input):
             self.calls = self.calls + 1
-            return super().forward(x)
+            return super().forward(input)
 
     model = Counting()
     BiasShiftProbe(model).measure(*batch())
@@ -201,7 +209,7 @@ def test_table_dictionary_and_variance_over_training():
     told = first.to_dict()
     assert told["layers"]["3"]["shift_fraction"] == first["3"].shift_fraction
     assert len(told["layers"]["3"]["per_unit"]["k"]) == 4
-    with pytest.raises(KeyError, match="there is no layer '5' in this report. Its layers are 0, 3"):
+    with pytest.raises(KeyError, match=r"there is no layer '5' in this report\. Its layers are 0, 3"):
         first["5"]
     assert median_variance([first, first]) == {"0": 0.0, "3": 0.0}
     with torch.no_grad():
@@ -380,6 +388,8 @@ def test_a_batch_of_one_and_one_unit():
 
 
 def test_iterations_that_do_not_suffice_are_told():
-    with pytest.warns(RuntimeWarning, match=r"conjugate gradients in layer '3' stopped after max_iterations=2"):
+    with pytest.warns(
+        RuntimeWarning, match=r"conjugate gradients in layer '3' stopped after max_iterations=2"
+    ):
         report = BiasShiftProbe(net(nn.ReLU), ("3",), solver="cg", max_iterations=2).measure(X, Y)
     assert report["3"].residual > 1e-4

@@ -40,7 +40,8 @@ class Direct:
         self.matrices = [reference.damped(reference.unit_fisher(a, d), damping) for d in delta.T]
 
     def solve(self, right):
-        return torch.stack([torch.linalg.solve(m, r.T).T for m, r in zip(self.matrices, right.transpose(0, 1), strict=True)], 1)  # fmt: skip
+        pairs = zip(self.matrices, right.transpose(0, 1), strict=True)
+        return torch.stack([torch.linalg.solve(matrix, r.T).T for matrix, r in pairs], 1)
 
 
 # --- the matrix and its solves --------------------------------------------------------------------------------------
@@ -71,7 +72,9 @@ def test_direct_solves_in_columns_and_rows(rows, n):
     a, delta, right = problem(rows, n, units=1)
     fisher, c = fisher_of(a, delta, 1e-2)
     found = fisher.solve(right)
-    torch.testing.assert_close(found.x / c[:, None], Direct(a, delta, 1e-2).solve(right), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        found.x / c[:, None], Direct(a, delta, 1e-2).solve(right), rtol=1e-9, atol=1e-9
+    )
     assert (found.iterations, found.residual) == (0, 0.0)
 
 
@@ -79,7 +82,9 @@ def test_both_direct_forms_agree_and_chunks_change_nothing(monkeypatch):
     a, delta, right = problem(12, 9, units=5)
     fisher, _ = fisher_of(a, delta, 1e-2)
     args = fisher.weights, fisher.absolute, right.movedim(0, -1)
-    torch.testing.assert_close(fisher._row_space().solve(*args), fisher._column_space().solve(*args), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        fisher._row_space().solve(*args), fisher._column_space().solve(*args), rtol=1e-9, atol=1e-9
+    )
     whole = fisher.solve(right).x
     monkeypatch.setattr("pullback.methods.elu.fisher._CACHE", 1)
     torch.testing.assert_close(fisher.solve(right).x, whole, rtol=1e-12, atol=1e-12)
@@ -110,7 +115,9 @@ def test_forming_about_the_mean_keeps_what_float32_would_lose():
     exact = Direct(a, delta, 1e-6).solve(right.double())
     error = (fisher.solve(right).x / c[:, None] - exact).norm() / exact.norm()
     assert error < 1e-3
-    plain = torch.stack([reference.unit_fisher(a, d).float() for d in delta.T])  # entries of 900, rounded to float32
+    plain = torch.stack(
+        [reference.unit_fisher(a, d).float() for d in delta.T]
+    )  # entries of 900, rounded to float32
     damping = 1e-6 * plain.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * torch.eye(7)
     lost = torch.linalg.solve(plain + damping, right[0, :, :, None])[..., 0]
     assert (lost - exact[0]).norm() / exact.norm() > 10 * error
@@ -165,9 +172,13 @@ def test_every_number_of_the_report_is_the_references():
         assert float(values["c"][i]) == pytest.approx(float(matrix[-1, -1]), rel=1e-12)
         natural = reference.shift_fraction(x, dw, dw0)
         assert float(values["shift_fraction_natural"][i]) == pytest.approx(natural, rel=1e-7, abs=1e-14)
-        assert float(values["shift_fraction"][i]) == pytest.approx(reference.shift_fraction(x, g[i], g0[i]), rel=1e-9)
+        assert float(values["shift_fraction"][i]) == pytest.approx(
+            reference.shift_fraction(x, g[i], g0[i]), rel=1e-9
+        )
         both, step = torch.cat([g[i], g0[i, None]]), torch.cat([dw, dw0[None]])
-        assert float(values["cos_natural"][i]) == pytest.approx(float(both @ step / both.norm() / step.norm()), rel=1e-9)
+        assert float(values["cos_natural"][i]) == pytest.approx(
+            float(both @ step / both.norm() / step.norm()), rel=1e-9
+        )
     for name in ("shift_fraction", "shift_fraction_natural", "cos_natural", "k", "s"):
         assert getattr(found, name) == pytest.approx(median(values[name]), rel=1e-12)
     mean = x.mean(0)
@@ -190,11 +201,13 @@ def test_unit_natural_gradient_is_the_solve_with_the_gradient(damping, solver):
     for i in range(4):
         matrix = reference.damped(reference.unit_fisher(x, delta[:, i]), damping)
         wanted = torch.linalg.solve(matrix, torch.cat([g[i], g0[i, None]]))
-        torch.testing.assert_close(torch.cat([found["0.weight"][i], found["0.bias"][i, None]]), wanted, rtol=1e-7, atol=1e-9)
+        torch.testing.assert_close(
+            torch.cat([found["0.weight"][i], found["0.bias"][i, None]]), wanted, rtol=1e-7, atol=1e-9
+        )
 
 
 def test_one_unit_with_squared_loss_is_solved_in_one_natural_step():
-    """A linear unit with unit-variance residuals: F is the Hessian up to the residuals' square, exact where that is 1."""
+    """A linear unit whose residuals are 1 or -1: then F is the Hessian."""
     g = rng(5)
     x = torch.randn(400, 3, generator=g, dtype=torch.float64) + 1.0
     model = nn.Linear(3, 1).double()
@@ -206,8 +219,8 @@ def test_one_unit_with_squared_loss_is_solved_in_one_natural_step():
     y_sign = y + torch.where(torch.rand(400, 1, generator=g) < 0.5, -1.0, 1.0)  # delta^2 = 1 for every row
     step = BiasShiftProbe(model, fisher="empirical", damping=0.0).unit_natural_gradient(x, y_sign)
     with torch.no_grad():
-        model.weight -= step["weight"]
-        model.bias -= step["bias"]
+        model.weight.sub_(step["weight"])
+        model.bias.sub_(step["bias"])
     extended = torch.cat([x, torch.ones(400, 1, dtype=torch.float64)], 1)
     best = torch.linalg.lstsq(extended, y_sign).solution
     torch.testing.assert_close(torch.cat([model.weight, model.bias[None]], 1).T, best, rtol=1e-6, atol=1e-6)
@@ -257,7 +270,9 @@ def test_centred_activations_do_not_shift_and_constants_shift_plain_steps_only()
     assert report.shift_fraction_natural == pytest.approx(centred.shift_fraction_natural, rel=1e-7)
     one, two = probe.unit_natural_gradient(x, y), shifted.unit_natural_gradient(x, y)
     torch.testing.assert_close(one["unit.weight"], two["unit.weight"], rtol=1e-8, atol=1e-10)
-    torch.testing.assert_close(one["unit.bias"], two["unit.bias"] + two["unit.weight"] @ mean, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(
+        one["unit.bias"], two["unit.bias"] + two["unit.weight"] @ mean, rtol=1e-8, atol=1e-10
+    )
 
 
 def test_a_zero_mean_does_not_rule_out_a_shift():
@@ -267,7 +282,9 @@ def test_a_zero_mean_does_not_rule_out_a_shift():
     x = torch.cat([half, -half])
     model = OneUnit(3)
     delta = torch.randn(80, 1, generator=g, dtype=torch.float64) * (0.2 + 3.0 * (x[:, :1] > 0))
-    report = BiasShiftProbe(model, fisher="empirical", damping=0.0).measure(x, model.unit(x).detach() + delta)["unit"]
+    report = BiasShiftProbe(model, fisher="empirical", damping=0.0).measure(
+        x, model.unit(x).detach() + delta
+    )["unit"]
     assert report.mean_ratio < 1e-12
     assert report.k > 1.3
 
@@ -275,7 +292,9 @@ def test_a_zero_mean_does_not_rule_out_a_shift():
 def test_derivatives_are_per_example_not_of_the_batch_mean():
     """Trap: the mean derivative would give a Fisher matrix of rank one, singular without damping."""
     model, x, y = network()
-    found = BiasShiftProbe(model, ("0",), fisher="empirical", max_units=None).measure(x, y, per_unit=True)["0"]
+    found = BiasShiftProbe(model, ("0",), fisher="empirical", max_units=None).measure(x, y, per_unit=True)[
+        "0"
+    ]
     delta, _, _ = parts(model, x, y)
     assert found.per_unit is not None
     torch.testing.assert_close(found.per_unit["c"], delta.square().mean(0))

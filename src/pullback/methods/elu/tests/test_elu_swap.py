@@ -1,4 +1,4 @@
-"""Exchanged activations: counted, shared ones once, by exact type, nothing else changed; what was not reached is told."""
+"""Exchanged activations: counted, shared ones once, by exact type; what was not reached is told."""
 
 from __future__ import annotations
 
@@ -50,21 +50,30 @@ class Comprehending(nn.Module):
 
 
 def test_all_are_replaced_and_counted():
-    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Sequential(Gate(), nn.ReLU(), nn.GELU()), Own())
+    model: Any = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Sequential(Gate(), nn.ReLU(), nn.GELU()), Own())
     keys = list(model.state_dict())
     assert swap_activations(model, nn.ReLU, lambda: nn.ELU(alpha=0.5)) == 3
-    assert [type(model[1]), type(model[2][1]), type(model[2][2]), type(model[3])] == [nn.ELU, nn.ELU, nn.GELU, Own]
+    assert [type(model[1]), type(model[2][1]), type(model[2][2]), type(model[3])] == [
+        nn.ELU,
+        nn.ELU,
+        nn.GELU,
+        Own,
+    ]
     assert (type(model[2][0].act), type(model[2][0].gate)) == (nn.ELU, nn.Sigmoid)
     assert list(model.state_dict()) == keys
     assert swap_activations(model, (nn.ELU, nn.GELU), SReLU) == 4
     assert swap_activations(model, Own, nn.ELU) == 1
-    with pytest.raises(ValueError, match="match must fit a module of the model, got ReLU and no such module.*SReLU"):
+    with pytest.raises(
+        ValueError, match=r"match must fit a module of the model, got ReLU and no such module\..*SReLU"
+    ):
         swap_activations(model, nn.ReLU, nn.ELU)
 
 
 def test_shared_instances_are_replaced_once_and_stay_shared():
     act = nn.ReLU()
-    model = nn.ModuleDict({"a": nn.Sequential(nn.Linear(2, 2), act), "b": nn.Sequential(act, nn.ReLU()), "c": act})
+    model: Any = nn.ModuleDict(
+        {"a": nn.Sequential(nn.Linear(2, 2), act), "b": nn.Sequential(act, nn.ReLU()), "c": act}
+    )
     assert swap_activations(model, nn.ReLU, nn.ELU) == 2
     assert model["a"][1] is model["b"][0] is model["c"]
     assert model["b"][1] is not model["c"]
@@ -101,13 +110,17 @@ def test_new_keys_are_told():
 
 def test_functional_calls_are_told_and_left():
     model = Functional()
-    with pytest.warns(UserWarning, match=r"functional calls were seen and not replaced: Functional\.forward: relu\. Edit"):
+    with pytest.warns(
+        UserWarning, match=r"functional calls were seen and not replaced: Functional\.forward: relu\. Edit"
+    ):
         assert swap_activations(model, nn.ReLU, nn.ELU) == 1
     assert type(model.relu) is nn.ELU
     assert functional_calls(model, nn.Tanh) == ("Functional.forward: tanh",)
     assert functional_calls(model, nn.Sigmoid) == ()
     assert functional_calls(Comprehending(), nn.ReLU) == ("Comprehending.forward: relu_",)
-    with pytest.raises(ValueError, match=r"got ReLU and no such module\. It calls functions instead: Comprehending"):
+    with pytest.raises(
+        ValueError, match=r"got ReLU and no such module\. It calls functions instead: Comprehending"
+    ):
         swap_activations(nn.Sequential(Comprehending()), nn.ReLU, nn.ELU)
     gate = Gate()  # its attribute ``act`` is a module, its gate is no ReLU
     with warnings.catch_warnings():
@@ -125,7 +138,9 @@ def test_the_fused_path_of_a_transformer_goes_with_it():
     with torch.no_grad():
         torch.testing.assert_close(layer(x), slow)
     plain = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-    with pytest.raises(ValueError, match=r"It calls functions instead: TransformerEncoderLayer\.activation = relu"):
+    with pytest.raises(
+        ValueError, match=r"It calls functions instead: TransformerEncoderLayer\.activation = relu"
+    ):
         swap_activations(plain, nn.ReLU, nn.ELU)
 
 
@@ -133,12 +148,32 @@ def test_the_fused_path_of_a_transformer_goes_with_it():
     ("make", "error", "message"),
     [
         (lambda: untyped(3, nn.ReLU, nn.ELU), TypeError, "model must be of type Module, got int"),
-        (lambda: untyped(nn.Sequential(nn.ReLU()), nn.ReLU(), nn.ELU), TypeError, r"match must be a module type.*ReLU\(\)"),
-        (lambda: untyped(nn.Sequential(nn.ReLU()), (), nn.ELU), ValueError, r"match must name at least one type, got \(\)"),
+        (
+            lambda: untyped(nn.Sequential(nn.ReLU()), nn.ReLU(), nn.ELU),
+            TypeError,
+            r"match must be a module type.*ReLU\(\)",
+        ),
+        (
+            lambda: untyped(nn.Sequential(nn.ReLU()), (), nn.ELU),
+            ValueError,
+            r"match must name at least one type, got \(\)",
+        ),
         (lambda: untyped(nn.Sequential(nn.ReLU()), int, nn.ELU), TypeError, "match must be a module type"),
-        (lambda: untyped(nn.Sequential(nn.ReLU()), nn.ReLU, nn.ELU()), TypeError, r"make must be a function.*ELU"),
-        (lambda: untyped(nn.Sequential(nn.ReLU()), nn.ReLU, lambda: 3), TypeError, "make must return a module, got 3"),
-        (lambda: untyped(nn.ReLU(), nn.ReLU, nn.ELU), ValueError, "model must hold the activations, got ReLU"),
+        (
+            lambda: untyped(nn.Sequential(nn.ReLU()), nn.ReLU, nn.ELU()),
+            TypeError,
+            r"make must be a function.*ELU",
+        ),
+        (
+            lambda: untyped(nn.Sequential(nn.ReLU()), nn.ReLU, lambda: 3),
+            TypeError,
+            "make must return a module, got 3",
+        ),
+        (
+            lambda: untyped(nn.ReLU(), nn.ReLU, nn.ELU),
+            ValueError,
+            "model must hold the activations, got ReLU",
+        ),
     ],
 )
 def test_what_makes_no_sense_is_named(make, error, message):
