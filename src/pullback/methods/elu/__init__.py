@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pullback.methods.elu.activations import LReLU, SReLU
-from pullback.methods.elu.gains import activation_gain, activation_moments, init_gain_
+from pullback.core.swapping import functional_calls, swap_activations
+from pullback.methods.elu.gains import LReLU, SReLU, activation_gain, activation_moments, init_gain_
 from pullback.methods.elu.probe import BiasShiftProbe
-from pullback.methods.elu.report import BiasShiftReport, LayerShift, median_variance
-from pullback.methods.elu.swap import functional_calls, swap_activations
+from pullback.methods.elu.shift import BiasShiftReport, LayerShift, median_variance
 
 __all__ = [
     "BiasShiftProbe",

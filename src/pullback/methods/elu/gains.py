@@ -1,4 +1,4 @@
-"""Gains that keep the variance of pre-activations from layer to layer, and the initialisation that uses them."""
+"""Gains that keep the variance from layer to layer, the initialisation that uses them, and the paper's other units."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable
 from functools import cache
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, final
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,8 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from pullback.core.checks import choice, instance, positive, shown
+from pullback.core.layer_rows import LAYERS
 from pullback.core.streams import generator
-from pullback.methods.elu.activations import SReLU
 
 Activation: TypeAlias = nn.Module | Callable[[Tensor], Tensor]
 """An elementwise function of a tensor."""
@@ -23,9 +23,47 @@ Activation: TypeAlias = nn.Module | Callable[[Tensor], Tensor]
 Moments: TypeAlias = tuple[float, float]
 """E f(z) and E f(z)^2."""
 
-LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _REACH, _PANELS, _NODES = 12.0, 96, 16
 _SELU_SCALE, _SELU_ALPHA = 1.0507009873554804934193349852946, 1.6732632423543772848170429916717
+
+
+# --- the paper's other units ------------------------------------------------------------------------------------------
+
+
+@final
+class LReLU(nn.LeakyReLU):
+    """Leaky ReLU with the paper's slope: x for x > 0, 0.1 x otherwise (torch's default is 0.01).
+
+    Args:
+        negative_slope: slope for negative inputs.
+        inplace: overwrite the input.
+    """
+
+    def __init__(self, negative_slope: float = 0.1, inplace: bool = False) -> None:
+        super().__init__(negative_slope, inplace)
+
+
+@final
+class SReLU(nn.Module):
+    """Shifted ReLU, ``max(-1, x)``: as ELU(1) it saturates at -1, but at once.
+
+    The gradient is 1 for x > -1 and 0 for x < -1; at the kink it is torch's (that of ``clamp``).
+
+    Args:
+        inplace: overwrite the input.
+    """
+
+    def __init__(self, inplace: bool = False) -> None:
+        super().__init__()
+        self.inplace = inplace
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Values of the shape of ``input``."""
+        return torch.clamp_(input, min=-1.0) if self.inplace else torch.clamp(input, min=-1.0)
+
+    def extra_repr(self) -> str:
+        """Arguments as they are printed."""
+        return "inplace=True" if self.inplace else ""
 
 
 # --- closed forms ---------------------------------------------------------------------------------------------------

@@ -23,13 +23,12 @@ from pullback.core.checks import (
 )
 from pullback.core.finite import all_finite
 from pullback.core.kinds import Probe
+from pullback.core.layer_rows import named_layers, unwrapped
+from pullback.core.layer_signals import Passes, Signal, full_precision, no_trace, passes, signal_of
+from pullback.core.likelihood import KINDS, Kind
 from pullback.core.streams import stream_seed
-from pullback.methods.elu.fisher import SingularError, Solved, UnitFisher, conjugate_gradients
-from pullback.methods.elu.layers import named_layers, unwrapped
-from pullback.methods.elu.likelihood import KINDS, Kind
-from pullback.methods.elu.report import BiasShiftReport, LayerShift
-from pullback.methods.elu.shift import live_units, measure, natural, unmeasured
-from pullback.methods.elu.signals import Passes, Signal, full_precision, no_trace, passes, signal_of
+from pullback.core.weighted_gram import SingularError, Solved, WeightedGrams, conjugate_gradients
+from pullback.methods.elu.shift import BiasShiftReport, LayerShift, live_units, measure, natural, unmeasured
 
 FisherKind: TypeAlias = Literal["model", "empirical"]
 Solver: TypeAlias = Literal["exact", "cg"]
@@ -56,7 +55,7 @@ class BiasShiftProbe(Probe):
             ``"empirical"`` takes the real ones.
         damping: multiple of ``mean(diag F)`` added to the diagonal of every unit's Fisher matrix F.
         max_rows: rows (examples, or positions of a convolution) that are used, drawn evenly; None for all. Means and
-            Fisher matrices then have a relative standard error of ``1 / sqrt(max_rows)`` or so; gradients are of all rows.
+            Fisher matrices then have a relative standard error of ``1 / sqrt(max_rows)`` or so; gradients are of all.
         max_units: live units per layer for which natural quantities are computed, drawn evenly and the same in every
             measurement; None for all. Medians over u of m units have a standard error of about 1.25 sd sqrt((1/u -
             1/m)). Quantities that need no solve are of all units, and so is `unit_natural_gradient`.
@@ -248,7 +247,7 @@ class BiasShiftProbe(Probe):
         self._converged(name, found.iterations, found.residual)
         return found
 
-    def _solve(self, fisher: UnitFisher, right: Tensor) -> Solved:
+    def _solve(self, fisher: WeightedGrams, right: Tensor) -> Solved:
         if self.solver == "exact":
             return fisher.solve(right)
         return conjugate_gradients(fisher, right, tolerance=self.tolerance, limit=self.max_iterations)

@@ -38,10 +38,9 @@ from pullback.lab import (
     Tune,
 )
 from pullback.lab.data import mnist
-from pullback.methods.elu.activations import LReLU, SReLU
-from pullback.methods.elu.gains import init_gain_
+from pullback.methods.elu.gains import LReLU, SReLU, init_gain_
 from pullback.methods.elu.probe import BiasShiftProbe
-from pullback.methods.elu.report import BiasShiftReport
+from pullback.methods.elu.shift import BiasShiftReport
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -156,17 +155,14 @@ class Training:
 
     def report(self) -> BiasShiftReport:
         """The probe on training images in training mode, 16 units a layer."""
-        x, y = digits()
-        probe = BiasShiftProbe(self.model, PROBED, max_units=16)
-        return probe.measure(x[: self.cfg.probe], y[: self.cfg.probe])
+        x, y = (each[: self.cfg.probe] for each in digits())
+        return BiasShiftProbe(self.model, PROBED, max_units=16).measure(x, y)
 
     @torch.no_grad()
     def log_loss(self) -> float:
         """log10 of the loss on the first 2,000 training images, in evaluation mode."""
-        x, y = digits()
-        rows = min(2000, self.cfg.images)
-        self.model.eval()
-        loss = F.cross_entropy(self.model(x[:rows]), y[:rows]).item()
+        x, y = (each[: min(2000, self.cfg.images)] for each in digits())
+        loss = F.cross_entropy(self.model.eval()(x), y).item()
         self.model.train()
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss on training images is {loss}")
@@ -175,9 +171,8 @@ class Training:
     @torch.no_grad()
     def test_accuracy(self) -> float:
         """Share of the last 2,000 digits that are recognised."""
-        x, y = digits()
-        self.model.eval()
-        return float((self.model(x[8000:]).argmax(1) == y[8000:]).float().mean())
+        x, y = (each[8000:] for each in digits())
+        return float((self.model.eval()(x).argmax(1) == y).float().mean())
 
 
 def run(cfg: Config, arm: str, hp: Hyperparameters, seed: int, log: Log) -> Mapping[str, float]:
@@ -258,8 +253,7 @@ def draw_epochs(result: TrialResult) -> Figure:
         width = 1.8 if arm.role in {"method", "baseline"} else 0.9
         for ax, (name, label) in zip(axes, shown, strict=True):
             lines = [values for _, values in result.curve(arm.name, name).values()]
-            lines = [line for line in lines if len(line) == max(map(len, lines))]
-            if lines:
+            if lines := [line for line in lines if len(line) == max(map(len, lines))]:
                 epochs = range(1, len(lines[0]) + 1)
                 ax.plot(epochs, np.mean(lines, 0), color=colours[arm.name], linewidth=width, label=arm.name)
             ax.set(ylabel=label)
@@ -346,7 +340,7 @@ STUDIES: tuple[Study, ...] = (
         refuted_if="the training loss after 8 epochs is not lower with ELU than with ReLU",
         cannot_test=CANNOT,
         deviations=DEVIATIONS
-        + "The arm elu-matched has ELU's own gain, 1.245, in place of He's 1.414, with which ELU has larger activations.",
+        + "The arm elu-matched has ELU's own gain, 1.245, not He's 1.414, with which ELU has larger activations.",
     ),
     Study(
         room="elu",
@@ -381,7 +375,7 @@ STUDIES: tuple[Study, ...] = (
         "against leaky ReLU the verdict says 'reduces to' where the interval includes 0",
         cannot_test=CANNOT,
         deviations=DEVIATIONS
-        + "Learning rates are tuned by the training loss, which the claim is about, on another seed. elu-he has He's gain.",
+        + "Rates are tuned by the training loss, which the claim is about, on another seed. elu-he has He's gain.",
     ),
     Study(
         room="elu",
@@ -397,9 +391,7 @@ STUDIES: tuple[Study, ...] = (
         also=(Greater("shift", than="shift-before"),),
         timeout=300.0,
         figures=(Drawing("points", draw_points, "One dot per network, first seed."), PairedSeeds()),
-        paper=PaperResult(
-            "section 2", "the argument that less bias shift speeds up learning; no such measurement"
-        ),
+        paper=PaperResult("section 2", "an argument that less bias shift speeds up learning; not measured"),
         refuted_if="over nine networks the shift fraction is no better correlated with the loss after an epoch than "
         "the mean of the activations",
         cannot_test="Whether the relation is causal.",

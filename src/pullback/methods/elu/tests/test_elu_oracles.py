@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from pullback.core.weighted_gram import WeightedGrams, conjugate_gradients
 from pullback.methods.elu import BiasShiftProbe
-from pullback.methods.elu.fisher import UnitFisher, conjugate_gradients
 from pullback.methods.elu.shift import median, shift_fraction
 from pullback.methods.elu.tests import reference
 
@@ -30,7 +30,7 @@ def problem(rows=40, n=5, units=3, seed=0):
 
 def fisher_of(a, delta, damping=1e-3, *, bias=True):
     c = delta.square().mean(0)
-    return UnitFisher(a, delta.square() / c, damping=damping, bias=bias), c
+    return WeightedGrams(a, delta.square() / c, damping=damping, bias=bias), c
 
 
 class Direct:
@@ -86,7 +86,7 @@ def test_both_direct_forms_agree_and_chunks_change_nothing(monkeypatch):
         fisher._row_space().solve(*args), fisher._column_space().solve(*args), rtol=1e-9, atol=1e-9
     )
     whole = fisher.solve(right).x
-    monkeypatch.setattr("pullback.methods.elu.fisher._CACHE", 1)
+    monkeypatch.setattr("pullback.core.weighted_gram._CACHE", 1)
     torch.testing.assert_close(fisher.solve(right).x, whole, rtol=1e-12, atol=1e-12)
 
 

@@ -78,9 +78,7 @@ def swap_activations(model: nn.Module, match: Types, make: Callable[[], nn.Modul
     for parent, name, old in places:
         setattr(parent, name, fresh[id(old)])
         if isinstance(parent, nn.TransformerEncoderLayer):
-            parent.activation_relu_or_gelu = (
-                0  # else its fused path in evaluation would go on with the old activation
-            )
+            parent.activation_relu_or_gelu = 0  # else its fused path would go on with the old activation
     _tell(model, keys, calls)
     return len(fresh)
 

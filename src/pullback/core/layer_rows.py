@@ -1,4 +1,4 @@
-"""What the probe sees of a layer: its inputs, where its pre-activations stand in the graph, and both as rows."""
+"""What a layer sees and does in one pass: its inputs, where its outputs stand in the graph, and both as rows."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from pullback.core.checks import instance, shown
 from pullback.core.windows import padding_of, sliding_windows
-from pullback.methods.elu.gains import LAYERS
 
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 Layer: TypeAlias = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 

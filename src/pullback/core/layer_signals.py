@@ -10,9 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pullback.core.rng import rng_state, set_rng_state
-from pullback.core.streams import generator, stream_seed
-from pullback.methods.elu.layers import (
+from pullback.core.layer_rows import (
     Call,
     Recorder,
     check_unchanged,
@@ -21,7 +19,9 @@ from pullback.methods.elu.layers import (
     output_rows,
     weight_gradient,
 )
-from pullback.methods.elu.likelihood import Kind, Likelihood
+from pullback.core.likelihood import Kind, Likelihood
+from pullback.core.rng import rng_state, set_rng_state
+from pullback.core.streams import generator, stream_seed
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def no_trace(model: nn.Module, *, training: bool | None, seed: int) -> Generator
     copies = {id(each): each.clone() for _, own in buffers for each in own.values() if each is not None}
     states = rng_state()
     try:
-        torch.manual_seed(stream_seed("bias_shift", seed))
+        torch.manual_seed(stream_seed("signals", seed))
         for module, own in buffers:
             module._buffers.update({name: copies.get(id(each)) for name, each in own.items()})
         if training is not None:
@@ -125,7 +125,7 @@ def passes(
     edges = [call.edge for each in calls.values() for call in each]
     sampled: Sequence[Tensor | None] = ()
     if fisher == "model" and edges:
-        labels = term.sample(generator("bias_shift.labels", seed, device=term.out.device))
+        labels = term.sample(generator("signals.labels", seed, device=term.out.device))
         sampled = torch.autograd.grad(term.negative_log(labels), edges, retain_graph=True, allow_unused=True)
     real = torch.autograd.grad(loss, edges, allow_unused=True) if edges else ()
     by_layer = _sorted(calls, real)
@@ -159,7 +159,7 @@ def signal_of(name: str, layer: Any, seen: Passes, *, max_rows: int | None, seed
     calls, fisher, real = seen.calls[name], seen.fisher[name], seen.real[name]
     counts = [count_rows(layer, call) for call in calls]
     total = sum(counts)
-    picked = _picked(total, max_rows, generator("bias_shift.rows", seed))
+    picked = _picked(total, max_rows, generator("signals.rows", seed))
     wide = torch.float64 if calls[0].input.dtype == torch.float64 else torch.float32
     rows, delta = [], []
     g: Any = 0.0

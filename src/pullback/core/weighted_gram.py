@@ -1,8 +1,7 @@
-r"""The damped Fisher matrix of single units, and solves with it.
+r"""Gram matrices of the same rows under many weights, damped, and solves with all of them.
 
-For one unit with incoming activations a (1 appended) and :math:`\delta = d \ln p / dz` the unit Fisher is
-:math:`F = E[\delta^2 a a^T] = c\,E_q[a a^T]` with :math:`c = E[\delta^2]` and :math:`q \propto \delta^2 p` (Clevert et
-al. 2016, section 2). What is solved is F / c, so that units with large and with small derivatives are treated alike.
+With weights :math:`\delta_i^2 / c_i`, where :math:`c_i = E[\delta_i^2]`, these are the Fisher matrices of single units
+(Clevert et al. 2016, section 2) up to their scale: :math:`E[\delta^2 a a^T] / c`.
 """
 
 from __future__ import annotations
@@ -14,19 +13,12 @@ from typing import final
 import torch
 from torch import Tensor
 
-DEAD = 1e-12
-"""A unit whose mean squared derivative is below this is dead: it takes no part."""
-
 MEMORY = 2**26
 """Bytes of one array of all matrices of a chunk of units on an accelerator; up to four such arrays live at a time."""
 
 _CACHE = 2**20  # the same on the host, where large arrays cost more than small calls
-_WORK = (
-    2**18
-)  # entries of weighted rows at a time: they stay in the cache between being made and being multiplied
-_BLOCKS = (
-    2  # of rows of a symmetric matrix; the upper triangle is left out but for the blocks on the diagonal
-)
+_WORK = 2**18  # entries of weighted rows at a time: they stay in the cache until they are multiplied
+_BLOCKS = 2  # of rows of a matrix; its upper triangle is left out but for the blocks on the diagonal
 
 
 @dataclass(frozen=True)
@@ -39,22 +31,22 @@ class Solved:
 
 
 class SingularError(RuntimeError):
-    """A unit's Fisher matrix cannot be factorised at this damping."""
+    """A matrix cannot be factorised at this damping."""
 
 
 @final
-class UnitFisher:
-    """Matrices ``F / c`` of u live units that see the same rows.
+class WeightedGrams:
+    """Matrices ``G_i = rows^T diag(weights_i) rows / R`` of u units that see the same rows.
 
     Args:
-        rows: incoming activations, [R, n].
-        weights: delta^2 / c of every row and unit, [R, u]; their mean over the rows is 1.
+        rows: what the units see, [R, n].
+        weights: of every row and unit, >= 0, [R, u].
         damping: the multiple of the mean of the diagonal that is added to the diagonal.
-        bias: whether the units have one; without it the matrix is A alone and vectors have n entries.
+        bias: append a constant 1 to every row.
 
     Attributes:
         width: entries of a vector, n + bias.
-        absolute: what is added to each diagonal, per unit of c, [u], float64.
+        absolute: what is added to each diagonal, [u], float64.
     """
 
     def __init__(self, rows: Tensor, weights: Tensor, *, damping: float, bias: bool = True) -> None:
@@ -65,7 +57,7 @@ class UnitFisher:
         self.absolute = damping * trace / self.width
 
     def solve(self, right: Tensor) -> Solved:
-        """Solve ``(F / c + damping) x = right`` by Cholesky factors in float64.
+        """Solve ``(G + damping) x = right`` by Cholesky factors in float64.
 
         With fewer rows than columns the same is solved in the space of the rows (Woodbury), whose Gram matrix is the
         same for all units but for the weights on its two sides.
@@ -108,7 +100,7 @@ class UnitFisher:
 class _ColumnSpace:
     """n x n matrices per unit, formed from centred rows.
 
-    A common mean is what makes F ill-conditioned: formed about it, in the rows' own dtype, nothing small is lost beside
+    A common mean is what makes G ill-conditioned: formed about it, in the rows' own dtype, nothing small is lost beside
     it, and its part is put back in float64.
     """
 
@@ -117,15 +109,15 @@ class _ColumnSpace:
     bias: bool
 
     def matrices(self, weights: Tensor) -> Tensor:
-        """``F / c`` [u, n + bias, n + bias] in float64 of units with ``weights`` [R, u]; the lower triangle counts."""
+        """``G`` [u, n + bias, n + bias] in float64 of units with ``weights`` [R, u]; the lower triangle counts."""
         n, count = self.centred.shape
         shares = weights.T.contiguous() / count  # [u, R]
         out = self.mean.new_empty(len(shares), n + self.bias, n + self.bias)
         self._covariances(shares.sqrt(), out)
         total = shares.sum(1, keepdim=True).to(
             torch.float64
-        )  # 1 up to rounding, which a large mean would make large
-        off = (shares @ self.centred.T).to(torch.float64)  # E_q[a] - mean, [u, n]
+        )  # 1 up to rounding, which a large mean magnifies
+        off = (shares @ self.centred.T).to(torch.float64)  # weighted mean - mean, [u, n]
         last = off + total * self.mean
         left, right = (
             torch.stack([off, self.mean.expand_as(off)], 2),
@@ -138,7 +130,7 @@ class _ColumnSpace:
         return out
 
     def _covariances(self, roots: Tensor, out: Tensor) -> None:
-        """Write E_q of the centred outer products, a few units at a time and block by block of the lower triangle."""
+        """Write weighted means of the centred outer products, a few units at a time, block by block."""
         n, count = self.centred.shape
         some, step = max(1, _WORK // max(1, n * count)), max(1, -(-n // _BLOCKS))
         buffer = self.centred.new_empty(some, n, count)
@@ -159,7 +151,7 @@ class _ColumnSpace:
 
 @dataclass(frozen=True)
 class _RowSpace:
-    """R x R matrices per unit: ``F / c = U U^T`` with U = rows^T sqrt(weights / R)."""
+    """R x R matrices per unit: ``G = U U^T`` with U = rows^T sqrt(weights / R)."""
 
     rows: Tensor
 
@@ -176,22 +168,22 @@ class _RowSpace:
 def _factor(matrices: Tensor) -> Tensor:
     factor, info = torch.linalg.cholesky_ex(matrices)
     if bool(info.any()):
-        raise SingularError(f"{int(info.count_nonzero())} of {len(info)} unit Fisher matrices are singular")
+        raise SingularError(f"{int(info.count_nonzero())} of {len(info)} matrices of units are singular")
     return factor
 
 
 # --- conjugate gradients --------------------------------------------------------------------------------------------
 
 
-def conjugate_gradients(fisher: UnitFisher, right: Tensor, *, tolerance: float, limit: int) -> Solved:
-    """Solve ``(F / c + damping) x = right`` for all units at once, without forming a matrix of any unit.
+def conjugate_gradients(grams: WeightedGrams, right: Tensor, *, tolerance: float, limit: int) -> Solved:
+    """Solve ``(G + damping) x = right`` for all units at once, without forming a matrix of any unit.
 
-    A product with all matrices is two matrix products over the rows: F_i v_i = X^T (w_i * (X v_i)). The rows are first
+    A product with all matrices is two matrix products over the rows: G_i v_i = X^T (w_i * (X v_i)). The rows are first
     turned into the eigenvectors of the units' mean matrix, in which the diagonals are a good preconditioner for every
     unit (on networks for digits the original axes need several times the iterations).
 
     Args:
-        fisher: the units' matrices; products are taken in the dtype of its rows.
+        grams: the units' matrices; products are taken in the dtype of its rows.
         right: right-hand sides, [k, u, n + bias].
         tolerance: stop when every preconditioned residual is below this part of the first one.
         limit: largest number of iterations.
@@ -199,13 +191,13 @@ def conjugate_gradients(fisher: UnitFisher, right: Tensor, *, tolerance: float, 
     Returns:
         Solutions, the number of iterations, and the largest relative residual, computed anew at the end.
     """
-    rows, weights = fisher.rows, fisher.weights.T / len(fisher.rows)  # [u, R]
-    if fisher.bias:
+    rows, weights = grams.rows, grams.weights.T / len(grams.rows)  # [u, R]
+    if grams.bias:
         rows = torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
     mean = (rows.T @ (rows * weights.mean(0).unsqueeze(1))).to(torch.float64)
     axes = torch.linalg.eigh(mean).eigenvectors.to(rows.dtype)
     rows = rows @ axes
-    damping = fisher.absolute.to(rows.dtype)[:, None]
+    damping = grams.absolute.to(rows.dtype)[:, None]
     inverse = (weights @ rows.square() + damping).reciprocal()  # of the diagonals
 
     def product(v: Tensor) -> Tensor:
