@@ -15,6 +15,10 @@ from pullback.methods.dann import DomainAdversarialLoss as DomainAdversarialLoss
 from pullback.methods.dann import GradientReversal as GradientReversal
 from pullback.methods.dann import ShallowDANN as ShallowDANN
 from pullback.methods.dann import proxy_a_distance as proxy_a_distance
+from pullback.methods.elu import BiasShiftProbe as BiasShiftProbe
+from pullback.methods.elu import activation_gain as activation_gain
+from pullback.methods.elu import init_gain_ as init_gain_
+from pullback.methods.elu import swap_activations as swap_activations
 from pullback.methods.gcond import ConflictResolver as ConflictResolver
 from pullback.methods.gcond import GradientConductor as GradientConductor
 from pullback.methods.gcond import MomentumWriter as MomentumWriter
@@ -58,6 +62,7 @@ __all__ = [
     "SAMGS",
     "Attachment",
     "BetaKernel",
+    "BiasShiftProbe",
     "ClipGradNorm",
     "ConflictMonitor",
     "ConflictResolver",
@@ -84,6 +89,7 @@ __all__ = [
     "TrAct",
     "TverskyProjection",
     "TverskySimilarity",
+    "activation_gain",
     "add_gradient_noise_",
     "attach",
     "cite",
@@ -92,6 +98,7 @@ __all__ = [
     "distillation_loss",
     "flip_threshold",
     "gradient_snr",
+    "init_gain_",
     "insert_norms",
     "lmo_groups",
     "multitask_backward",
@@ -101,6 +108,7 @@ __all__ = [
     "schedules",
     "shallow_",
     "solution_stability",
+    "swap_activations",
     "tract",
     "truncation_report",
     "weight_matrices",
