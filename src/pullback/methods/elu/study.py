@@ -1,7 +1,7 @@
 """Do ELU networks learn faster, does less bias shift explain it, and what is left when the initial variance is matched?
 
-`paper` has He's initialisation and one rate for all. `tuned` gives every activation the gain that keeps its variance and
-its own best rate, and adds batch normalisation. `predict` asks whether the shift fraction tells which networks learn most.
+`paper` has He's initialisation and one rate for all. `tuned` gives every activation the gain that keeps its variance
+and its own best rate, and adds batch normalisation. `predict` asks whether the shift fraction tells who learns most.
 """
 
 from __future__ import annotations
