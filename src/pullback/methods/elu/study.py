@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pullback.core.streams import generator, stream_seed
@@ -135,7 +134,7 @@ class Training:
             if number > 0 and step % EVERY == 0:
                 self.medians.append(self.median())
             self.optimizer.zero_grad()
-            loss = F.cross_entropy(self.model(x[rows]), y[rows])
+            loss = nn.functional.cross_entropy(self.model(x[rows]), y[rows])
             loss.backward()
             self.optimizer.step()
         if not math.isfinite(loss.item()):
@@ -162,7 +161,7 @@ class Training:
     def log_loss(self) -> float:
         """log10 of the loss on the first 2,000 training images, in evaluation mode, at most that of guessing."""
         x, y = (each[: min(2000, self.cfg.images)] for each in digits())
-        loss = F.cross_entropy(self.model.eval()(x), y).item()
+        loss = nn.functional.cross_entropy(self.model.eval()(x), y).item()
         self.model.train()
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss on training images is {loss}")
