@@ -165,9 +165,7 @@ class Training:
         self.model.train()
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss on training images is {loss}")
-        return min(
-            math.log10(max(loss, 1e-12)), GUESS
-        )  # a run that failed must not be better than one that ended
+        return min(math.log10(max(loss, 1e-12)), GUESS)  # no run that failed may beat one that ended
 
     @torch.no_grad()
     def test_accuracy(self) -> float:
@@ -186,7 +184,8 @@ def run(cfg: Config, arm: str, hp: Hyperparameters, seed: int, log: Log) -> Mapp
         report, loss = training.report(), training.log_loss()
         first, last = (report[name] for name in PROBED)
         means.append((first.median_abs_mean + last.median_abs_mean) / 2)
-        for name, value in (("log_loss", loss), ("shift", shifts[-1]), ("abs_mean", means[-1])):
+        shift = (first.shift_fraction + last.shift_fraction) / 2
+        for name, value in (("log_loss", loss), ("shift", shift), ("abs_mean", means[-1])):
             log.value(name, value, number + 1)
         log.value(
             "natural_shift", (first.shift_fraction_natural + last.shift_fraction_natural) / 2, number + 1
