@@ -15,6 +15,10 @@ from pullback.methods.dann import DomainAdversarialLoss as DomainAdversarialLoss
 from pullback.methods.dann import GradientReversal as GradientReversal
 from pullback.methods.dann import ShallowDANN as ShallowDANN
 from pullback.methods.dann import proxy_a_distance as proxy_a_distance
+from pullback.methods.elu import BiasShiftProbe as BiasShiftProbe
+from pullback.methods.elu import activation_gain as activation_gain
+from pullback.methods.elu import init_gain_ as init_gain_
+from pullback.methods.elu import swap_activations as swap_activations
 from pullback.methods.gcond import ConflictResolver as ConflictResolver
 from pullback.methods.gcond import GradientConductor as GradientConductor
 from pullback.methods.gcond import MomentumWriter as MomentumWriter
@@ -30,12 +34,19 @@ from pullback.methods.paced import BetaKernel as BetaKernel
 from pullback.methods.paced import PassRateTracker as PassRateTracker
 from pullback.methods.paced import distillation_loss as distillation_loss
 from pullback.methods.paced import gradient_snr as gradient_snr
+from pullback.methods.peri_ln import PeriNorm as PeriNorm
+from pullback.methods.peri_ln import PeriNormBlock as PeriNormBlock
+from pullback.methods.peri_ln import ResidualStreamProbe as ResidualStreamProbe
+from pullback.methods.peri_ln import convert_norm_placement as convert_norm_placement
 from pullback.methods.pinn_annealing import GradientAnnealing as GradientAnnealing
 from pullback.methods.pinn_annealing import GradientHistograms as GradientHistograms
 from pullback.methods.pinn_annealing import ModifiedMLP as ModifiedMLP
 from pullback.methods.pinn_annealing import weight_matrices as weight_matrices
 from pullback.methods.sam_gs import SAMGS as SAMGS
 from pullback.methods.sam_gs import multitask_backward as multitask_backward
+from pullback.methods.shallow import ResidualStack as ResidualStack
+from pullback.methods.shallow import shallow_ as shallow_
+from pullback.methods.shallow import truncation_report as truncation_report
 from pullback.methods.tract import TrAct as TrAct
 from pullback.methods.tract import precondition_input as precondition_input
 from pullback.methods.tract import tract as tract
@@ -51,6 +62,7 @@ __all__ = [
     "SAMGS",
     "Attachment",
     "BetaKernel",
+    "BiasShiftProbe",
     "ClipGradNorm",
     "ConflictMonitor",
     "ConflictResolver",
@@ -66,20 +78,27 @@ __all__ = [
     "MomentumWriter",
     "NonFiniteError",
     "PassRateTracker",
+    "PeriNorm",
+    "PeriNormBlock",
     "Project",
+    "ResidualStack",
+    "ResidualStreamProbe",
     "RuleFlip",
     "ShallowDANN",
     "TaskAccumulator",
     "TrAct",
     "TverskyProjection",
     "TverskySimilarity",
+    "activation_gain",
     "add_gradient_noise_",
     "attach",
     "cite",
+    "convert_norm_placement",
     "curl_fraction",
     "distillation_loss",
     "flip_threshold",
     "gradient_snr",
+    "init_gain_",
     "insert_norms",
     "lmo_groups",
     "multitask_backward",
@@ -87,7 +106,10 @@ __all__ = [
     "proxy_a_distance",
     "replace_linear",
     "schedules",
+    "shallow_",
     "solution_stability",
+    "swap_activations",
     "tract",
+    "truncation_report",
     "weight_matrices",
 ]

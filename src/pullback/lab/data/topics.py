@@ -58,8 +58,8 @@ class Topics:
 def python_topics() -> Topics:
     """374,649 characters about the Python language: 173 sections in a fixed shuffled order, 94 symbols.
 
-    The topics repeat one another; every paragraph of at least 40 characters was kept once, so that nothing in the held
-    out tenth has been read in training. Typographic quotes and dashes were written in ASCII.
+    The topics repeat one another; every paragraph of at least 40 characters was kept once, so that nothing
+    in the held out tenth has been read in training. Typographic quotes and dashes were written in ASCII.
 
     Raises:
         DataError: if the embedded file is missing or damaged.

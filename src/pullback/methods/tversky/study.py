@@ -92,10 +92,8 @@ def run_digits(
         fit(nn.Sequential(trunk, nn.Linear(WIDTH, 5)), x, y, cfg.frozen, cfg.batch, 5e-3, seed)
         trunk.requires_grad_(False)
     classes = 5 if cfg.frozen else 10
-    splits = small_digits(10 - classes, 10, cfg.train)
-    if cfg.frozen:
-        splits = tuple((trunk(x), y) for x, y in splits)
-    (x, y), validation, test = splits
+    found = small_digits(10 - classes, 10, cfg.train)
+    (x, y), validation, test = ((trunk(x) if cfg.frozen else x, y) for x, y in found)
     torch.manual_seed(stream_seed("tversky-head", seed))
     head = head_for(arm, classes, trunk)
     net = head if cfg.frozen else nn.Sequential(trunk, head)
