@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, final
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, final, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ Init: TypeAlias = Literal["symmetric", "official"]
 FEWEST = 8  # rows and features from which on a gate that is open everywhere, or nowhere, is no chance
 
 
+@runtime_checkable
 class Bank(Protocol):
     """Anything with feature rows [k, d]: a `FeatureBank`, or `EncodedRows`."""
 
@@ -111,10 +112,10 @@ class EncodedRows(nn.Module):
         encoder: maps them to [m, d]. It is not registered here: it belongs to the model that trains it.
 
     Example:
-        >>> import pullback
+        >>> from pullback.methods.tversky import EncodedRows, TverskyProjection
         >>> encoder = nn.Sequential(nn.Flatten(), nn.Linear(64, 16))
         >>> prototypes = EncodedRows(torch.rand(10, 8, 8), encoder)
-        >>> head = pullback.TverskyProjection(16, 10, 32, prototypes=prototypes)
+        >>> head = TverskyProjection(16, 10, 32, prototypes=prototypes)
         >>> head(encoder(torch.rand(5, 8, 8))).shape
         torch.Size([5, 10])
     """

@@ -63,8 +63,8 @@ class Digits:
     train: int = 4000
 
 
-def head_for(arm: str, classes: int, trunk: nn.Module, images: Tensor) -> nn.Module:
-    """The arm's head; ``images`` [classes, 1, 14, 14] start those that are learned."""
+def head_for(arm: str, classes: int, trunk: nn.Module) -> nn.Module:
+    """The arm's head; learned images start grey: what shows in the end was learned."""
     parameters = FEATURES * WIDTH + classes * WIDTH + 3
     if arm == "linear":
         return nn.Linear(WIDTH, classes)
@@ -72,10 +72,10 @@ def head_for(arm: str, classes: int, trunk: nn.Module, images: Tensor) -> nn.Mod
         return perceptron_head(WIDTH, classes, parameters)
     if arm == "bilinear":
         return Bilinear(WIDTH, classes, FEATURES)
-    if arm == "linear-images":
-        return LinearRows(EncodedRows(images, trunk))
-    if arm == "tversky-images":
-        return TverskyProjection(WIDTH, classes, FEATURES, prototypes=EncodedRows(images, trunk))
+    if arm.endswith("images"):
+        rows = EncodedRows(torch.zeros(classes, 1, 14, 14), trunk)
+        plain = arm == "linear-images"
+        return LinearRows(rows) if plain else TverskyProjection(WIDTH, classes, FEATURES, prototypes=rows)
     return TverskyProjection(
         WIDTH, classes, FEATURES, init="official" if arm == "tversky-official" else "symmetric"
     )
@@ -91,13 +91,11 @@ def run_digits(
         (x, y), _, _ = small_digits(0, 5, cfg.train)
         fit(nn.Sequential(trunk, nn.Linear(WIDTH, 5)), x, y, cfg.frozen, cfg.batch, 5e-3, seed)
         trunk.requires_grad_(False)
-    splits = small_digits(5, 10, cfg.train) if cfg.frozen else small_digits(0, 10, cfg.train)
     classes = 5 if cfg.frozen else 10
-    if cfg.frozen:
-        splits = tuple((trunk(x), y) for x, y in splits)
-    (x, y), validation, test = splits
+    found = small_digits(10 - classes, 10, cfg.train)
+    (x, y), validation, test = ((trunk(x) if cfg.frozen else x, y) for x, y in found)
     torch.manual_seed(stream_seed("tversky-head", seed))
-    head = head_for(arm, classes, trunk, x[:classes])
+    head = head_for(arm, classes, trunk)
     net = head if cfg.frozen else nn.Sequential(trunk, head)
     with warnings.catch_warnings():
         if arm == "tversky-official":  # its first gates are all open, as the layer says
@@ -229,10 +227,10 @@ def draw_images(result: lab.TrialResult) -> Any:
 
     return image_rows(
         {
-            "linear rows": result.array("linear-images", "images"),
-            "prototypes": result.array("tversky-images", "images"),
-            "nearest to prototypes": result.array("tversky", "nearest"),
-            "nearest to features": result.array("tversky", "features"),
+            "linear": result.array("linear-images", "images"),
+            "prototype": result.array("tversky-images", "images"),
+            "nearest": result.array("tversky", "nearest"),
+            "feature": result.array("tversky", "features"),
         }
     )
 
@@ -292,8 +290,9 @@ DIGITS = _digit_study(
         lab.Drawing(
             "prototypes",
             draw_images,
-            "First seed. The first two rows are weights learned as images and seen through the network at every step; "
-            "each image is stretched to its own range.",
+            "First seed. Rows of a linear layer and prototypes, learned as images that the network sees at every "
+            "step, from a grey start; training digits nearest to the prototypes of the arm tversky, and to ten of its "
+            "features. Each in its own range of grey.",
         ),
     ),
     paper=lab.PaperResult(

@@ -76,14 +76,14 @@ def test_empty_batches_and_one_prototype(intersection, reduce):
 
 
 def test_bfloat16_is_rounded_once():
-    """257 features in common and 256 of the input alone: 1, though bfloat16 holds no 257."""
+    """256 features in common and 257 of the input alone: -1, though bfloat16 holds no 257."""
     layer = head(d=513, m=1, k=513, alpha=1.0).bfloat16()
     with torch.no_grad():
         layer.feature_bank.weight.copy_(torch.eye(513))
-        layer.prototypes.weight.copy_(torch.where(torch.arange(513) < 257, 1.0, -1.0))
+        layer.prototypes.weight.copy_(torch.where(torch.arange(513) < 256, 1.0, -1.0))
     out = layer(torch.ones(2, 513, dtype=torch.bfloat16))
     assert out.dtype == torch.bfloat16
-    assert out.flatten().tolist() == [1.0, 1.0]
+    assert out.flatten().tolist() == [-1.0, -1.0]
 
 
 @pytest.mark.parametrize("form", [{"difference": "subtractmatch"}, {"model": "ratio"}, {"reduce": "feature"}])
