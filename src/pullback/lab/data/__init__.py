@@ -10,7 +10,7 @@ from pullback.lab.data.order import fixed_permutation, split
 from pullback.lab.data.photographs import photographs
 from pullback.lab.data.source import DataError
 from pullback.lab.data.text import Sentiment, sentiment
-from pullback.lab.data.volumes import Brain, mni152
+from pullback.lab.data.volumes import Brain, Tissue, TissueParts, brain_tissue, mni152
 
 __all__ = [
     "Brain",
@@ -18,6 +18,9 @@ __all__ = [
     "DatasetCard",
     "Digits",
     "Sentiment",
+    "Tissue",
+    "TissueParts",
+    "brain_tissue",
     "digits8x8",
     "fixed_permutation",
     "mni152",

@@ -218,7 +218,9 @@ def report_of(net: ReversibleUNet, input_shape: Sequence[int], *, count: bool = 
     peak = {mode: peak_bytes(net, shape, mode) for mode in MODES}
     counted = {}
     if count:
-        counted = {mode: _count(net, shape, reversible=mode == "reversible") for mode in ("plain", "reversible")}
+        counted = {
+            mode: _count(net, shape, reversible=mode == "reversible") for mode in ("plain", "reversible")
+        }
     return ActivationReport(shape, kept, peak, counted)
 
 

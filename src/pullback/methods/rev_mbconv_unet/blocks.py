@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final, Literal, TypeAlias
 
 import torch
@@ -221,7 +221,9 @@ def _kept_shape(name: str, fn: nn.Module) -> None:
     modules, shows at the first call.
     """
     parts = list(fn.modules())
-    own = all(type(part).__module__.startswith("torch.nn.modules") or isinstance(part, MBConv) for part in parts)
+    own = all(
+        type(part).__module__.startswith("torch.nn.modules") or isinstance(part, MBConv) for part in parts
+    )
     plain = all(isinstance(part, nn.Sequential) or not list(part.children()) for part in parts)
     hooked = any(part._forward_hooks or part._forward_pre_hooks for part in parts)
     first: Any = next((part for part in parts if hasattr(part, "in_channels")), None)
@@ -280,7 +282,6 @@ class ReversibleStage(Layer):
     ) -> None:
         super().__init__()
         self.split_dim = integer("split_dim", split_dim)
-        self.reversible = bool(reversible)
         pairs = [_pair(index, block) for index, block in enumerate(blocks)]
         if not pairs:
             raise ValueError("blocks must hold at least one pair (F, G), got none. Pass [(f, g), ...].")
@@ -288,6 +289,7 @@ class ReversibleStage(Layer):
             CouplingStep(slot=slot, reads=[1 - slot], fn=fn) for pair in pairs for slot, fn in enumerate(pair)
         ]
         self.sequence = ReversibleSequence(steps, preserve_rng_state=preserve_rng_state)
+        self.reversible = reversible
 
     def forward(self, x: Any) -> Any:
         """The stage's output.
@@ -311,9 +313,22 @@ class ReversibleStage(Layer):
         return self._run(_state(x))
 
     def _run(self, pair: Pair) -> Pair:
-        pair = _widened(pair)
-        first, second = self.sequence(pair) if self.reversible else self.plain(pair)
+        first, second = self.sequence(pair)
         return first, second
+
+    @property
+    def reversible(self) -> bool:
+        """Whether activations are rebuilt (True) or kept (False)."""
+        return self.sequence.reversible
+
+    @reversible.setter
+    def reversible(self, value: bool) -> None:
+        self.sequence.reversible = bool(value)
+
+    def functions(self) -> Iterator[nn.Module]:
+        """F and G of every block, in the order in which they run."""
+        for step in self.sequence.steps:
+            yield step.fn
 
     def inverse(self, y: Any) -> Any:
         """The input that gives ``y``, up to rounding; without gradients.
@@ -360,12 +375,4 @@ def _state(x: Any) -> Pair:
             f"x must be two halves of equal shapes, got {tuple(first.shape)} and {tuple(second.shape)}. "
             "Split an even axis with x.chunk(2, dim)."
         )
-    return first, second
-
-
-def _widened(pair: Pair) -> Pair:
-    """Half states in float32 under autocast: a state is summed over all blocks, and rebuilt from the last one."""
-    if not torch.is_autocast_enabled(pair[0].device.type):
-        return pair
-    first, second = (half.float() if half.dtype in {torch.float16, torch.bfloat16} else half for half in pair)
     return first, second

@@ -315,7 +315,9 @@ def dice_score(prediction: Tensor, target: Tensor) -> Tensor:
     """
     for name, mask in (("prediction", prediction), ("target", target)):
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            raise TypeError(f"{name} must be a bool tensor, got {shown(mask)}. Threshold it, for example > 0.")
+            raise TypeError(
+                f"{name} must be a bool tensor, got {shown(mask)}. Threshold it, for example > 0."
+            )
     if prediction.shape != target.shape or target.dim() < 3:
         raise ValueError(
             f"target must be [batch, classes, *spatial] as prediction is, got {shown(target)} for "

@@ -78,7 +78,9 @@ def mbconv(x, state, *, norm="group", groups=1, wide_groups=1, act="silu"):
     h = f(norm_of(state, "norm2", depthwise(h, state["depthwise.weight"]), norm, wide_groups))
     if "gate.squeeze.weight" in state:
         mean = h.reshape(*h.shape[:2], -1).mean(-1)
-        small = f(mean @ state["gate.squeeze.weight"].reshape(-1, mean.shape[1]).T + state["gate.squeeze.bias"])
+        small = f(
+            mean @ state["gate.squeeze.weight"].reshape(-1, mean.shape[1]).T + state["gate.squeeze.bias"]
+        )
         back = state["gate.excite.weight"].reshape(h.shape[1], -1)
         gate = sigmoid(small @ back.T + state["gate.excite.bias"])
         h = h * gate.reshape(*gate.shape, *(1,) * (h.ndim - 2))

@@ -128,7 +128,9 @@ def test_other_shapes_are_refused(shape):
 )
 def test_a_norm_of_one_value_is_refused(settings, batch):
     fn = MBConv(4, spatial_dims=3, **settings)
-    with pytest.raises(ValueError, match=r"x must give norm='.*' more than one value for each statistic, got"):
+    with pytest.raises(
+        ValueError, match=r"x must give norm='.*' more than one value for each statistic, got"
+    ):
         fn(torch.ones(batch, 4, 1, 1, 1))
 
 

@@ -67,7 +67,9 @@ def test_what_makes_no_sense_is_refused():
     scores, target = example()
     with pytest.raises(ValueError, match=r"target must be .* got .*\(2, 3, 4, 5\)"):
         soft_dice(scores, target[..., 0])
-    with pytest.raises(ValueError, match="activation must be one of 'sigmoid', 'softmax', 'none', got 'tanh'"):
+    with pytest.raises(
+        ValueError, match="activation must be one of 'sigmoid', 'softmax', 'none', got 'tanh'"
+    ):
         soft_dice(scores, target, activation="tanh")
     with pytest.raises(ValueError, match=r"smooth must be >= 0, got -1"):
         soft_dice(scores, target, smooth=-1.0)
