@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from pullback.core.frobenius import FrobeniusProjector
+from pullback.testing import run_ranks
 
 STEPS = 4
 
@@ -34,12 +34,10 @@ def train(net, rank=0, world=1, **settings):
     return torch.cat([each.reshape(-1) for each in whole]), norms, growth
 
 
-def worker(rank, folder):
+def found_on(rank):
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor, Partial, init_device_mesh
 
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (2,))
     net = network()
     for layer in (net[0], net[2], net[4]):
@@ -57,17 +55,12 @@ def worker(rank, folder):
             FrobeniusProjector({"w": params}, **settings)
         except (ValueError, RuntimeError) as error:
             refused.append(str(error))
-    torch.save([found, refused], f"{folder}/rank{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return found, refused
 
 
-@pytest.mark.timeout(180)
-def test_shards_and_replicas_are_projected_as_one_process_projects(tmp_path):
-    if not dist.is_gloo_available():
-        pytest.skip("torch was built without gloo")
-    torch.multiprocessing.spawn(worker, args=(str(tmp_path),), nprocs=2)
-    (first, refused), (second, _) = (torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in (0, 1))
+@pytest.mark.timeout(240)
+def test_shards_and_replicas_are_projected_as_one_process_projects():
+    (first, refused), (second, _) = run_ranks(found_on)
     for name, settings in (("shards", {}), ("replicas", {"every": 2})):
         weights, norms, _ = train(network(), **settings)
         assert torch.equal(first[name][0], second[name][0])

@@ -1,32 +1,20 @@
 """Attachment under FSDP2 (`fully_shard`): two gloo processes against each other and against one process."""
 
-import subprocess
-import sys
+import math
 
 import pytest
-import torch
-
-from pullback.core.clip import ClipGradNorm
-from pullback.core.finite import all_finite
-
-WORKER = """
-import datetime, math, os, sys
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, init_device_mesh
+
 from pullback.core.attachment import attach
 from pullback.core.checks import NonFiniteError
 from pullback.core.clip import ClipGradNorm
+from pullback.core.finite import all_finite
 from pullback.core.kinds import Transform
-
-rank, world, store = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-torch.set_num_threads(1)
-if world > 1:
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=datetime.timedelta(seconds=60)
-    )
+from pullback.testing import run_ranks
 
 
 class Decay(Transform):
@@ -43,6 +31,7 @@ class Decay(Transform):
 
 def build(head_sharded):
     # 5 and 1 rows do not divide by 2: the second rank has a smaller shard of the one, and none of the other.
+    world = dist.get_world_size()
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1), nn.Tanh(), nn.Linear(1, 3)).double()
     if world > 1:
@@ -60,6 +49,7 @@ def whole(tensor):
 
 
 def train(*transforms, policy="raise", trouble="", head_sharded=True):
+    rank, world = dist.get_rank(), dist.get_world_size()
     net = build(head_sharded)
     generator = torch.Generator().manual_seed(1)
     data = torch.randn(8, 8, 4, generator=generator).double()
@@ -89,8 +79,8 @@ def train(*transforms, policy="raise", trouble="", head_sharded=True):
     return [handle.steps, handle.skipped, torch.cat([whole(p) for p in net.parameters()]), error]
 
 
-torch.save(
-    {
+def found_on(_rank):
+    return {
         "clip": train(ClipGradNorm(0.05), Decay()),
         "clip by the largest entry": train(ClipGradNorm(0.02, norm_type=math.inf), Decay()),
         "partly sharded": train(ClipGradNorm(0.05), Decay(), head_sharded=False),
@@ -98,38 +88,12 @@ torch.save(
         "skip": train(Decay(), policy="skip", trouble="nan"),
         "raise": train(Decay(), policy="raise", trouble="nan"),
         "large and finite": train(Decay(), ClipGradNorm(0.05, norm_type=math.inf), trouble="large"),
-    },
-    sys.argv[4],
-)
-if world > 1:
-    dist.barrier()
-    dist.destroy_process_group()
-os._exit(0)  # everything is saved; under load gloo's own threads may still abort an ordinary exit
-"""
-
-
-def run(folder, world):
-    files = [folder / f"{world}-{rank}.pt" for rank in range(world)]
-    arguments = [str(world), str(folder / f"store{world}")]
-    processes = [
-        subprocess.Popen([sys.executable, "-W", "ignore", "-c", WORKER, str(rank), *arguments, str(file)])
-        for rank, file in enumerate(files)
-    ]
-    try:
-        codes = [process.wait(timeout=200) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert codes == [0] * world
-    return [torch.load(file, weights_only=True) for file in files]
+    }
 
 
 @pytest.mark.slow
-def test_shards_are_trained_as_one_process_trains_the_whole(tmp_path):
-    if not torch.distributed.is_gloo_available():
-        pytest.skip("torch was built without gloo")
-    (alone,), (first, second) = run(tmp_path, 1), run(tmp_path, 2)
+def test_shards_are_trained_as_one_process_trains_the_whole():
+    (alone,), (first, second) = run_ranks(found_on, ranks=1), run_ranks(found_on)
     counts = {"skip": [7, 1], "raise": [7, 0]}
     for name, (*found, weights, error) in alone.items():
         assert found == first[name][:2] == second[name][:2] == counts.get(name, [8, 0]), name

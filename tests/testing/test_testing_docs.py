@@ -6,9 +6,12 @@ import pytest
 
 import pullback.testing
 import pullback.testing.contract
+import pullback.testing.ranks
 
 
-@pytest.mark.parametrize("module", [pullback.testing, pullback.testing.contract], ids=lambda m: m.__name__)
+@pytest.mark.parametrize(
+    "module", [pullback.testing, pullback.testing.contract, pullback.testing.ranks], ids=lambda m: m.__name__
+)
 def test_examples_run(module):
     result = doctest.testmod(module)
     assert result.attempted > 0

@@ -36,6 +36,7 @@ really refuses with a clear message, and the report lists the reason.
 from pullback.testing.case import KINDS, Case, Kind
 from pullback.testing.check import Check, ContractError, ContractReport, Outcome
 from pullback.testing.contract import check_component, checks_for, parametrize_with_checks, run_check
+from pullback.testing.ranks import run_ranks
 
 __all__ = [
     "KINDS",
@@ -49,4 +50,5 @@ __all__ = [
     "checks_for",
     "parametrize_with_checks",
     "run_check",
+    "run_ranks",
 ]

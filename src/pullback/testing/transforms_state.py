@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import io
 import multiprocessing
-import tempfile
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import distributed
+from torch.multiprocessing.spawn import ProcessException
 
 from pullback.testing.case import Case
 from pullback.testing.check import BrokenContract, NotApplicable, check
 from pullback.testing.exercise import case_loss, train
+from pullback.testing.ranks import run_ranks
 from pullback.testing.tools import clone, expect_same, tensors_left_by
 from pullback.testing.transforms import OPTIMIZERS, Loop
 
@@ -83,29 +83,15 @@ def two_processes(case: Case) -> None:
     """Two gloo processes with averaged gradients end with equal parameters."""
     if "fork" not in multiprocessing.get_all_start_methods():
         raise NotApplicable("this platform cannot fork")
-    context = multiprocessing.get_context("fork")
-    with tempfile.TemporaryDirectory() as folder:
-        ranks = [context.Process(target=_rank, args=(case, rank, Path(folder))) for rank in range(2)]
-        for each in ranks:
-            each.start()
-        for each in ranks:
-            each.join(_GLOO_SECONDS)
-        hung = [each for each in ranks if each.is_alive()]
-        for each in hung:
-            each.kill()
-            each.join()
-        files = [Path(folder) / f"{rank}.pt" for rank in range(2)]
-        if hung or not all(file.exists() for file in files):
-            raise BrokenContract(f"Of two processes {len(hung)} hang, {[e.exitcode for e in ranks]}.")
-        first, second = (torch.load(file, weights_only=True) for file in files)
-        expect_same(first, second, "Two processes end with different parameters")
+    try:  # forked, because a case holds functions that cannot be pickled
+        first, second = run_ranks(_averaged, case, timeout=_GLOO_SECONDS, start="fork")
+    except (ProcessException, TimeoutError) as error:
+        raise BrokenContract(f"Two processes do not end: {error}") from error
+    expect_same(first, second, "Two processes end with different parameters")
 
 
-def _rank(case: Case, rank: int, folder: Path) -> None:
+def _averaged(rank: int, case: Case) -> dict[str, torch.Tensor]:
     """One process: own batches and generators, gradients averaged before the step."""
-    torch.set_num_threads(1)
-    store = distributed.FileStore(str(folder / "store"), 2)
-    distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
     torch.manual_seed(rank)
     loop = Loop(case)
     for step in range(3):
@@ -117,7 +103,4 @@ def _rank(case: Case, rank: int, folder: Path) -> None:
                 p.grad.div_(2)
         torch.manual_seed(10 * step + rank)
         loop.optimizer.step()
-    torch.save(loop.values(), folder / f"{rank}.tmp")
-    (folder / f"{rank}.tmp").replace(folder / f"{rank}.pt")
-    distributed.barrier()
-    distributed.destroy_process_group()
+    return loop.values()

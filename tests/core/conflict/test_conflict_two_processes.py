@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
-import torch
-
-WORKER = """
-import datetime, sys
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from pullback import ConflictMonitor
 
-rank, world, store = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-torch.set_num_threads(1)
-if world > 1:
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=datetime.timedelta(seconds=120)
-    )
+from pullback import ConflictMonitor
+from pullback.testing import run_ranks
 
 
 class Net(nn.Module):
@@ -35,6 +23,7 @@ class Net(nn.Module):
 
 
 def train(reduce, form, watched=True):
+    rank, world = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)
     net = Net().double()
     data = torch.randn(6, 8, 4).double()
@@ -60,35 +49,18 @@ def train(reduce, form, watched=True):
     return {"state": monitor.state_dict(), "weights": weights}
 
 
-found = {f"{reduce}-{form}": train(reduce, form) for reduce in (True, False) for form in ("call", "around")}
-found["plain"] = train(True, "call", watched=False)
-torch.save(found, sys.argv[4])
-if world > 1:
-    dist.destroy_process_group()
-"""
-
-
-def run(tmp_path, world):
-    files = [tmp_path / f"{world}-{rank}.pt" for rank in range(world)]
-    arguments = [str(world), str(tmp_path / f"store{world}")]
-    processes = [
-        subprocess.Popen([sys.executable, "-W", "ignore", "-c", WORKER, str(rank), *arguments, str(file)])
-        for rank, file in enumerate(files)
-    ]
-    try:
-        codes = [process.wait(timeout=200) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert codes == [0] * world
-    return [torch.load(file, weights_only=True) for file in files]
+def found_on(_rank):
+    found = {
+        f"{reduce}-{form}": train(reduce, form) for reduce in (True, False) for form in ("call", "around")
+    }
+    found["plain"] = train(True, "call", watched=False)
+    return found
 
 
 @pytest.mark.slow
-def test_reduced_reports_are_equal_on_all_ranks_and_equal_one_process(tmp_path):
-    (alone,) = run(tmp_path, 1)
-    first, second = run(tmp_path, 2)
+def test_reduced_reports_are_equal_on_all_ranks_and_equal_one_process():
+    (alone,) = run_ranks(found_on, ranks=1)
+    first, second = run_ranks(found_on)
     for form in ("call", "around"):
         one, other, single = (each[f"True-{form}"]["state"] for each in (first, second, alone))
         assert one["steps"] == [0, 2, 4]

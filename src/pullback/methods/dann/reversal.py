@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
+from pullback.core.buffers import ExactBuffers
 from pullback.core.checks import finite, fraction, instance, integer, positive
 from pullback.core.edit import edit_gradient
 from pullback.core.kinds import Signal
@@ -64,7 +64,7 @@ def reverse_gradient(x: Tensor, lam: float | Tensor, *, clip: float | None = Non
 
 
 @final
-class GradientReversal(Signal):
+class GradientReversal(ExactBuffers, Signal):
     r"""Identity whose gradient comes back multiplied by :math:`-\lambda` (paper eq. 16-17).
 
     Put it between the features and the domain head, and add the domain loss to the total with weight 1: the head
@@ -140,12 +140,3 @@ class GradientReversal(Signal):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._at = 0.0 if self.position.is_meta else float(self.position)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GradientReversal:
-        # model.half() or .bfloat16() must not round the coefficient: follow the device, keep the dtype.
-        before = {name: getattr(self, name) for name in ("lam", "position")}
-        super()._apply(fn, recurse)
-        for name, old in before.items():
-            new = getattr(self, name)
-            setattr(self, name, new.to(old.dtype) if old.is_meta else old.to(new.device))
-        return self

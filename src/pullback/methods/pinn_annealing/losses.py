@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias
 
@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pullback.core.buffers import ExactBuffers
 from pullback.core.checks import positive, shown
 from pullback.core.kinds import Objective
 from pullback.core.state import StateError, check_state
@@ -210,7 +211,7 @@ def ratios(kind: Statistics, peak: Tensor, spread: Tensor, inner: Tensor, sizes:
 # --- the sum -------------------------------------------------------------------------------------------------------
 
 
-class WeightedLosses(Objective):
+class WeightedLosses(ExactBuffers, Objective):
     """Weighted sum of named losses; the weights are a buffer, the names part of the versioned state.
 
     Args:
@@ -358,16 +359,6 @@ class WeightedLosses(Objective):
                 saved = given["_extra_state"][key]
                 return f"{type(self).__name__}.{key} must be {value}, got {saved}. Declare the same losses."
         return ""
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WeightedLosses:
-        # model.half() must not round the weights: they follow the device, and the dtype from float32 upwards only.
-        before = {name: each for name, each in self.named_buffers(recurse=False) if each.is_floating_point()}
-        super()._apply(fn, recurse)
-        for name, old in before.items():
-            new = getattr(self, name)
-            wide = torch.promote_types(new.dtype, torch.float32)
-            setattr(self, name, new.to(wide) if old.is_meta else old.to(new.device, wide))
-        return self
 
 
 def _names(argument: str, value: str | Iterable[str]) -> tuple[str, ...]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias, final
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 from torchjd import Stateful
 
+from pullback.core.buffers import ExactBuffers
 from pullback.core.checks import (
     NonFinite,
     NonFiniteError,
@@ -74,7 +74,7 @@ class _Plan(NamedTuple):
 
 
 @final
-class SAMGS(Aggregator, Stateful):
+class SAMGS(ExactBuffers, Aggregator, Stateful):
     r"""Similarity-aware momentum gradient surgery: ``[tasks, parameters] -> [parameters]``.
 
     Rows are the tasks' gradients :math:`g_k` with respect to the shared parameters. Their magnitude similarity
@@ -367,14 +367,6 @@ class SAMGS(Aggregator, Stateful):
                 f"momentum of shape {tuple(momentum.shape)}. Pass what state_dict() returned."
             )
         return momentum, (steps, h, reach)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SAMGS:
-        # model.half() must not round the momentum: follow the device, keep the dtype.
-        old = self.momentum
-        super()._apply(fn, recurse)
-        new = self.momentum
-        self.momentum = new.to(old.dtype) if old.is_meta else old.to(new.device)
-        return self
 
     def __repr__(self) -> str:
         return (

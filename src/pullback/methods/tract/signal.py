@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
+from pullback.core.buffers import ExactBuffers
 from pullback.core.checks import floating, fraction, positive
 from pullback.core.edit import edit_gradient
 from pullback.core.kinds import Signal
@@ -105,7 +105,7 @@ def _rows(weight: object, x: object) -> Rows:
 
 
 @final
-class TrAct(Signal):
+class TrAct(ExactBuffers, Signal):
     r"""`precondition_input` as a module with a damping that may move on during training.
 
     ``signal(weight, x)`` returns ``weight``. In evaluation mode, and with ``signal.enabled = False``, its gradient is
@@ -182,11 +182,3 @@ class TrAct(Signal):
         twin.train(self.training)
         twin.lam = self.lam.clone()
         return twin
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TrAct:
-        # model.half() or .bfloat16() must not round the damping: follow the device, keep the dtype.
-        before = self.lam
-        super()._apply(fn, recurse)
-        after = self.lam
-        self.lam = after.to(before.dtype) if before.is_meta else before.to(after.device)
-        return self

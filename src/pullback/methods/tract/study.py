@@ -261,7 +261,8 @@ def draw_budgets(result: TrialResult) -> Figure:
 ACCURACY = Metric("test_accuracy", unit="fraction")
 SELECT = Metric("validation_accuracy", unit="fraction")
 EPOCHS = Metric("epochs", better="lower", worst=100.0)
-LAMS = Choice((0.05, 0.1, 0.2))
+LAMS = Choice((0.05, 0.1, 0.2, 0.4, 0.8))
+FACTORS = Choice((0.1, 0.3, 3.0, 10.0, 30.0))
 RIVALS = ("whitened", "patch_norm", "first_rate")
 OTHERS = ("plain_1.25x", "plain_2x", "tract_own")
 BUDGET = Drawing(
@@ -298,10 +299,10 @@ def declare(
         sizes={"smoke": replace(cfg, steps=4), "full": cfg, "tuning": replace(cfg, tuning=True)},
         hp={"*": {"lr": rates[len(rates) // 2], "lam": 0.1, "factor": 1.0}},
         tune=Tune(
-            trials=3 * len(rates),
+            trials=5 * len(rates),
             select=SELECT,
             shared={"lr": Choice(rates)},
-            only={"whitened": lams, "tract_own": lams, "first_rate": {"factor": Choice((0.3, 3.0, 10.0))}},
+            only={"whitened": lams, "tract_own": lams, "first_rate": {"factor": FACTORS}},
             size="tuning",
         ),
         seeds=Seeds(TEST_SEEDS, tune=(100,)),
@@ -333,7 +334,7 @@ RANGES = PaperResult(
     "ablation of the input range", "a figure without numbers: without standardisation the gain shrinks"
 )
 SGD = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
-BYTES = (1e-4, 3e-4, 1e-3, 2e-3, 4e-3, 1e-2, 2e-2)
+BYTES = (3e-4, 1e-3, 2e-3, 4e-3, 1e-2, 2e-2, 5e-2, 0.1)
 ADAM = (3e-4, 1e-3, 3e-3, 6e-3, 1e-2, 2e-2, 4e-2)
 
 STUDIES: tuple[Study, ...] = (

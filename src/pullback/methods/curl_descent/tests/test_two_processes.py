@@ -6,11 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 from pullback.methods.curl_descent import RuleFlip
+from pullback.testing import run_ranks
 
 STEPS = 3
 WAYS = ("attach", "hook", "rows", "random", "shards", "row shards", "random shards")
@@ -49,9 +48,7 @@ def _sharded_hook_is_refused(inner):
     return False
 
 
-def worker(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+def found_on(rank):
     found = {}
     for way in WAYS:
         inner = model()
@@ -64,18 +61,12 @@ def worker(rank, folder):
             found[way] = train(inner, inner, way, slice(rank, None, 2))
         else:
             found[way] = train(nn.parallel.DistributedDataParallel(inner), inner, way, slice(rank, None, 2))
-    torch.save(found, f"{folder}/rank{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return found
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    if not dist.is_gloo_available():
-        pytest.skip("torch was built without gloo")
-    folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(worker, args=(str(folder),), nprocs=2, join=True)
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+def ranks():
+    return run_ranks(found_on)
 
 
 @pytest.mark.timeout(240)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
 from pullback.core import schedules
 from pullback.methods.dann import DomainAdversarialLoss, GradientReversal
+from pullback.testing import run_ranks
 
 STEPS = 10
 
@@ -51,21 +51,14 @@ def train(model, inner, part):
     return torch.cat([p.detach().reshape(-1) for p in inner.parameters()])
 
 
-def worker(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    try:
-        inner = Adapted()
-        wrapped = nn.parallel.DistributedDataParallel(inner)
-        torch.save(train(wrapped, inner, slice(rank, None, 2)), f"{folder}/rank{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+def adapted_on(rank):
+    inner = Adapted()
+    return train(nn.parallel.DistributedDataParallel(inner), inner, slice(rank, None, 2))
 
 
-@pytest.mark.timeout(120)
-def test_two_ranks_equal_one_process(tmp_path):
-    torch.multiprocessing.spawn(worker, args=(str(tmp_path),), nprocs=2)
-    first, second = (torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in (0, 1))
+@pytest.mark.timeout(240)
+def test_two_ranks_equal_one_process():
+    first, second = run_ranks(adapted_on)
     assert torch.equal(first, second)
     alone = Adapted()
     torch.testing.assert_close(first, train(alone, alone, slice(None)), rtol=0, atol=1e-12)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from pullback.methods.gcond import GradientConductor, TaskAccumulator
+from pullback.testing import run_ranks
 
 STEPS, K = 8, 4
 WEIGHTS = {"fit": 0.6, "size": 0.4}
@@ -64,42 +65,33 @@ def counted(reductions, bucket):
     return work.get_future().then(lambda done: done.value()[0])
 
 
-def worker(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+def found_on(rank):
     found, reductions = {}, []
-    try:
-        for mode in ("stochastic", "sequential"):
-            net = network()
-            model = nn.parallel.DistributedDataParallel(net)
-            model.register_comm_hook(reductions, counted)
-            found[mode] = train(model, net, slice(rank, None, 2), mode, spoil=rank == 1)
-        found["reductions"] = len(reductions)
+    for mode in ("stochastic", "sequential"):
         net = network()
-        try:
-            TaskAccumulator(net, ("a",))
-            found["refusal"] = ""
-        except ValueError as error:
-            found["refusal"] = str(error)
-        alone = TaskAccumulator(net, ("a",), process_group=None)
-        shared = TaskAccumulator(net, ("a",), process_group=dist.group.WORLD)
-        x = torch.full((1, 4), float(rank + 1), dtype=torch.float64)
-        for name, tasks in (("alone", alone), ("shared", shared)):
-            with tasks.accumulate("a"):
-                F.linear(x, net[0].weight).sum().backward()
-            found[name] = tasks.jacobian()[0, :2].tolist()
-        torch.save(found, f"{folder}/rank{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+        model = nn.parallel.DistributedDataParallel(net)
+        model.register_comm_hook(reductions, counted)
+        found[mode] = train(model, net, slice(rank, None, 2), mode, spoil=rank == 1)
+    found["reductions"] = len(reductions)
+    net = network()
+    try:
+        TaskAccumulator(net, ("a",))
+        found["refusal"] = ""
+    except ValueError as error:
+        found["refusal"] = str(error)
+    alone = TaskAccumulator(net, ("a",), process_group=None)
+    shared = TaskAccumulator(net, ("a",), process_group=dist.group.WORLD)
+    x = torch.full((1, 4), float(rank + 1), dtype=torch.float64)
+    for name, tasks in (("alone", alone), ("shared", shared)):
+        with tasks.accumulate("a"):
+            F.linear(x, net[0].weight).sum().backward()
+        found[name] = tasks.jacobian()[0, :2].tolist()
+    return found
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    if not dist.is_gloo_available():
-        pytest.skip("torch was built without gloo")
-    folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(worker, args=(str(folder),), nprocs=2)
-    return [torch.load(folder / f"rank{r}.pt", weights_only=True) for r in (0, 1)]
+def ranks():
+    return run_ranks(found_on)
 
 
 @pytest.mark.parametrize("mode", ["stochastic", "sequential"])

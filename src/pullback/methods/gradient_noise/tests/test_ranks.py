@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from pullback.methods.gradient_noise import GradientNoise
+from pullback.testing import run_ranks
 
 
 def _replicas(rank):
@@ -38,20 +37,13 @@ def _shards():
     return grads
 
 
-def _both(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    torch.save({"replicas": _replicas(rank), "shards": _shards()}, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+def found_on(rank):
+    return {"replicas": _replicas(rank), "shards": _shards()}
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    if not dist.is_gloo_available():
-        pytest.skip("torch was built without gloo")
-    folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(_both, args=(str(folder),), nprocs=2, join=True)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+def ranks():
+    return run_ranks(found_on)
 
 
 def test_replicas_stay_equal(ranks):

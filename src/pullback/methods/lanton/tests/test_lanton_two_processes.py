@@ -1,25 +1,13 @@
 """Two gloo processes: replicas stay equal, and sharded parameters end where one process does."""
 
-import subprocess
-import sys
-
 import pytest
-import torch
-
-WORKER = """
-import datetime, os, sys
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from pullback.methods.lanton import LANTON, LayerNoise, lmo_groups
 
-rank, world, store = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-torch.set_num_threads(1)
-if world > 1:
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=datetime.timedelta(seconds=60)
-    )
+from pullback.methods.lanton import LANTON, LayerNoise, lmo_groups
+from pullback.testing import run_ranks
 
 
 def whole(tensor):
@@ -28,6 +16,7 @@ def whole(tensor):
 
 
 def train(sharded, **settings):
+    rank, world = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)
     # 5 and 1 rows do not divide by 2: the second rank has a smaller shard of the one, and none of the other.
     linear = nn.Linear
@@ -57,36 +46,18 @@ def train(sharded, **settings):
     return [values, *(list(each.values()) for each in found)]
 
 
-runs = {"ddp": train(False), "fsdp": train(True), "nesterov": train(True, nesterov=True, noise_every=2)}
-torch.save(runs, sys.argv[4])
-if world > 1:
-    dist.barrier()
-    dist.destroy_process_group()
-os._exit(0)  # everything is saved; under load gloo's own threads may still abort an ordinary exit
-"""
-
-
-def run(folder, world):
-    files = [folder / f"{world}-{rank}.pt" for rank in range(world)]
-    arguments = [str(world), str(folder / f"store{world}")]
-    processes = [
-        subprocess.Popen([sys.executable, "-W", "ignore", "-c", WORKER, str(rank), *arguments, str(file)])
-        for rank, file in enumerate(files)
-    ]
-    try:
-        codes = [process.wait(timeout=200) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert codes == [0] * world
-    return [torch.load(file, weights_only=True) for file in files]
+def found_on(_rank):
+    return {
+        "ddp": train(False),
+        "fsdp": train(True),
+        "nesterov": train(True, nesterov=True, noise_every=2),
+    }
 
 
 @pytest.mark.slow
-def test_two_processes_end_where_one_does(tmp_path):
-    (alone,) = run(tmp_path, 1)
-    first, second = run(tmp_path, 2)
+def test_two_processes_end_where_one_does():
+    (alone,) = run_ranks(found_on, ranks=1)
+    first, second = run_ranks(found_on)
     for name, wanted in alone.items():
         assert torch.equal(first[name][0], second[name][0])
         assert first[name][1:] == second[name][1:]

@@ -8,13 +8,13 @@ from itertools import pairwise
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn import functional
 
 from pullback.core.attachment import attach
 from pullback.methods.nap import Project, insert_norms
 from pullback.methods.nap.study import NORMED, RATES, STUDIES, Config, Run, cosine, run
+from pullback.testing import run_ranks
 
 STEPS = 6
 
@@ -45,21 +45,14 @@ def train(model, inner, part, compiled=False, make=torch.optim.Adam):
     return torch.cat([p.detach().reshape(-1) for p in inner.parameters()])
 
 
-def worker(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    try:
-        inner = network()
-        wrapped = nn.parallel.DistributedDataParallel(inner)
-        torch.save(train(wrapped, inner, slice(rank, None, 2)), f"{folder}/rank{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+def trained_on(rank):
+    inner = network()
+    return train(nn.parallel.DistributedDataParallel(inner), inner, slice(rank, None, 2))
 
 
-@pytest.mark.timeout(120)
-def test_two_ranks_equal_one_process(tmp_path):
-    torch.multiprocessing.spawn(worker, args=(str(tmp_path),), nprocs=2)
-    first, second = (torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in (0, 1))
+@pytest.mark.timeout(240)
+def test_two_ranks_equal_one_process():
+    first, second = run_ranks(trained_on)
     assert torch.equal(first, second)
     alone = network()
     torch.testing.assert_close(first, train(alone, alone, slice(None)), rtol=0, atol=1e-10)

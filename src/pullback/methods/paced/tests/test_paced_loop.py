@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from pullback.methods.paced import BetaKernel, PassRateTracker, distillation_loss, two_stage
+from pullback.testing import run_ranks
 
 PROBLEMS, POSITIONS, SYMBOLS, STEPS = 24, 4, 5, 12
 
@@ -212,23 +212,17 @@ def both_measured(rank):
     return [tracker.rate, tracker.measured_at, torch.tensor(tracker.clock), tracker.tries]
 
 
-def worker(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    try:
-        found = [both_measured(rank)]
-        for normalize in ("pool-mean", "batch-mean"):
-            wrapped = nn.parallel.DistributedDataParallel(Student().double())
-            found.append(trained(wrapped, rank, 2, normalize))
-        torch.save(found, f"{folder}/rank{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+def found_on(rank):
+    found = [both_measured(rank)]
+    for normalize in ("pool-mean", "batch-mean"):
+        wrapped = nn.parallel.DistributedDataParallel(Student().double())
+        found.append(trained(wrapped, rank, 2, normalize))
+    return found
 
 
-@pytest.mark.timeout(120)
-def test_two_ranks_equal_one_process(tmp_path):
-    torch.multiprocessing.spawn(worker, args=(str(tmp_path),), nprocs=2)
-    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+@pytest.mark.timeout(240)
+def test_two_ranks_equal_one_process():
+    ranks = run_ranks(found_on)
     for rate, measured_at, clock, tries in (ranks[0][0], ranks[1][0]):
         assert tries.tolist() == [4.0, 2.0, 0.0]
         assert rate.nan_to_num(-1).tolist() == [0.75, 1.0, -1.0]

@@ -6,11 +6,11 @@ import contextlib
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from pullback.methods.pinn_annealing import GradientAnnealing, weight_matrices
 from pullback.methods.pinn_annealing.tests.cases import network
+from pullback.testing import run_ranks
 
 STEPS = 6
 DATA = torch.randn(STEPS, 16, 2, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
@@ -66,27 +66,19 @@ def local(rank, inner):
 WAYS = ("forward", "backward", "accumulated")
 
 
-def worker(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+def found_on(rank):
     found = {}
     for way in WAYS:
         inner = network()
         wrapped = DistributedDataParallel(inner)
         found[way] = train(wrapped, inner, slice(8 * rank, 8 * rank + 8), way)
     found["bad"], found["local"] = one_bad_rank(rank, network()), local(rank, network())
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return found
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    if not dist.is_gloo_available():
-        pytest.skip("torch was built without gloo")
-    folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(worker, args=(str(folder),), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+def ranks():
+    return run_ranks(found_on)
 
 
 @pytest.mark.timeout(200)

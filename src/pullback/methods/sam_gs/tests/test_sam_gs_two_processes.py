@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from pullback.methods.sam_gs import SAMGS, multitask_backward
+from pullback.testing import run_ranks
 
 STEPS = 12
 
@@ -55,34 +55,31 @@ def train(model, inner, part, micro, process_group="auto"):
     return torch.cat([p.detach().reshape(-1) for p in inner.parameters()]), aggregator, branches
 
 
-def worker(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    try:
-        for micro in (1, 2):
-            inner = Tasks()
-            wrapped = nn.parallel.DistributedDataParallel(inner)
-            with wrapped.no_sync():
-                params, aggregator, branches = train(wrapped, inner, slice(rank, None, 2), micro)
-            torch.save((params, aggregator.state_dict(), branches), f"{folder}/rank{rank}-{micro}.pt")
+def found_on(rank):
+    found = {}
+    for micro in (1, 2):
         inner = Tasks()
-        torch.save(train(inner, inner, slice(rank, None, 2), 1, None)[0], f"{folder}/alone{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+        wrapped = nn.parallel.DistributedDataParallel(inner)
+        with wrapped.no_sync():
+            params, aggregator, branches = train(wrapped, inner, slice(rank, None, 2), micro)
+        found[micro] = [params, aggregator.state_dict(), branches]
+    inner = Tasks()
+    found["unreduced"] = train(inner, inner, slice(rank, None, 2), 1, None)[0]
+    return found
 
 
-@pytest.mark.timeout(120)
-def test_two_ranks_equal_one_process(tmp_path):
-    torch.multiprocessing.spawn(worker, args=(str(tmp_path),), nprocs=2)
+@pytest.mark.timeout(240)
+def test_two_ranks_equal_one_process():
+    ranks = run_ranks(found_on)
     alone = Tasks()
     wanted, aggregator, branches = train(alone, alone, slice(None), 1)
     assert set(branches) == {"equalise", "momentum"}
     for micro in (1, 2):
-        first, second = (torch.load(tmp_path / f"rank{r}-{micro}.pt", weights_only=True) for r in (0, 1))
+        first, second = (found[micro] for found in ranks)
         assert torch.equal(first[0], second[0])
         assert all(torch.equal(value, second[1][key]) for key, value in first[1].items())
         assert first[2] == second[2] == branches
         torch.testing.assert_close(first[0], wanted, rtol=0, atol=1e-12)
         torch.testing.assert_close(first[1]["dissimilarity"], aggregator.state_dict()["dissimilarity"])
-    local = [torch.load(tmp_path / f"alone{r}.pt", weights_only=True) for r in (0, 1)]
+    local = [found["unreduced"] for found in ranks]
     assert not torch.equal(local[0], local[1])  # process_group=None reduces nothing

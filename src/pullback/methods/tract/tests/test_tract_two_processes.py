@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
-import torch
-
-WORKER = """
-import datetime, os, sys
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor, init_device_mesh, Shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
-from pullback.methods.tract import tract
 
-rank, world, store = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-torch.set_num_threads(1)
-if world > 1:
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=datetime.timedelta(seconds=60)
-    )
+from pullback.methods.tract import tract
+from pullback.testing import run_ranks
 
 
 def network():
@@ -38,8 +26,9 @@ def whole(tensor):
 
 
 def train(how, sync, shares=(4, 4), accumulate=1):
+    rank, world = dist.get_rank(), dist.get_world_size()
     net = network()
-    handle = tract(net[0], lam=0.25, sync_covariance=sync and world > 1)
+    tract(net[0], lam=0.25, sync_covariance=sync and world > 1)
     model = net
     if world > 1 and how == "replicated":
         model = DistributedDataParallel(net)
@@ -47,7 +36,10 @@ def train(how, sync, shares=(4, 4), accumulate=1):
         mesh = init_device_mesh("cpu", (world,))
         fully_shard(net, mesh=mesh)
     generator = torch.Generator().manual_seed(1)
-    data = torch.randn(6, sum(shares), 2, 5, 5, generator=generator).double() * torch.arange(1, 9)[:, None, None, None]
+    data = (
+        torch.randn(6, sum(shares), 2, 5, 5, generator=generator).double()
+        * torch.arange(1, 9)[:, None, None, None]
+    )
     wanted = torch.randn(6, sum(shares), 3, generator=generator).double()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
     start = sum(shares[:rank])
@@ -67,7 +59,7 @@ def refusal():
     # Tensor parallelism keeps the weight sharded in the forward pass.
     layer = nn.Linear(4, 4)
     tract(layer)
-    mesh = init_device_mesh("cpu", (world,))
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     layer.weight = nn.Parameter(distribute_tensor(layer.weight.detach(), mesh, [Shard(0)]))
     try:
         layer(torch.randn(2, 4))
@@ -76,46 +68,21 @@ def refusal():
     return ""
 
 
-found = {
-    "replicated": train("replicated", True),
-    "sharded": train("sharded", True),
-    "unequal shares": train("replicated", True, shares=(7, 1)),
-    "an empty share": train("replicated", True, shares=(8, 0)),
-    "accumulated": train("replicated", True, accumulate=2),
-    "each its own": train("replicated", False),
-}
-if world > 1:
-    found["refusal"] = refusal()
-torch.save(found, sys.argv[4])
-if world > 1:
-    dist.barrier()
-    dist.destroy_process_group()
-os._exit(0)  # everything is saved; under load gloo's own threads may still abort an ordinary exit
-"""
-
-
-def run(folder, world):
-    files = [folder / f"{world}-{rank}.pt" for rank in range(world)]
-    arguments = [str(world), str(folder / f"store{world}")]
-    processes = [
-        subprocess.Popen([sys.executable, "-W", "ignore", "-c", WORKER, str(rank), *arguments, str(file)])
-        for rank, file in enumerate(files)
-    ]
-    try:
-        codes = [process.wait(timeout=250) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert codes == [0] * world
-    return [torch.load(file, weights_only=True) for file in files]
+def found_on(_rank):
+    found = {
+        "replicated": train("replicated", True),
+        "sharded": train("sharded", True),
+        "unequal shares": train("replicated", True, shares=(7, 1)),
+        "an empty share": train("replicated", True, shares=(8, 0)),
+        "accumulated": train("replicated", True, accumulate=2),
+        "each its own": train("replicated", False),
+    }
+    return found | ({"refusal": refusal()} if dist.get_world_size() > 1 else {})
 
 
 @pytest.mark.slow
-def test_ranks_equal_one_process(tmp_path):
-    if not torch.distributed.is_gloo_available():
-        pytest.skip("torch was built without gloo")
-    (alone,), (first, second) = run(tmp_path, 1), run(tmp_path, 2)
+def test_ranks_equal_one_process():
+    (alone,), (first, second) = run_ranks(found_on, ranks=1), run_ranks(found_on)
     for name, weights in alone.items():
         assert torch.equal(first[name], second[name]), name
         gap = (first[name] - weights).abs().max()
