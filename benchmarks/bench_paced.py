@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from benchmarks.harness import Row, ratio
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from pullback.core.peak_bytes import PeakBytes
 from pullback.methods.paced import BetaKernel, distillation_loss, rollout
 
 POOL, BATCH, POSITIONS, WIDTH, SYMBOLS = 4000, 32, 32, 128, 2000
@@ -64,30 +63,10 @@ def textbook(student: Tensor, teacher: Tensor) -> Tensor:
     return (t.exp() * (t - s)).sum(-1).mean(1)
 
 
-class Peak(TorchDispatchMode):
-    """Largest number of bytes that live at a time in tensors which operations have made, beside the given ones."""
-
-    def __init__(self, *given: Tensor) -> None:
-        super().__init__()
-        self.given = {each.untyped_storage().data_ptr() for each in given}
-        self.live: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.most = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for each in out if isinstance(out, tuple | list) else (out,):
-            storage = each.untyped_storage() if isinstance(each, Tensor) else None
-            if storage is not None and storage.data_ptr() not in self.given:
-                self.live[storage.data_ptr()] = StorageWeakRef(storage), storage.nbytes()
-        self.live = {key: row for key, row in self.live.items() if not row[0].expired()}
-        self.most = max(self.most, sum(size for _, size in self.live.values()))
-        return out
-
-
 def peak(loss: Callable[[Tensor, Tensor], Tensor], student: Tensor, teacher: Tensor) -> int:
     """Peak bytes of a forward and backward pass, the gradient included, the two inputs not."""
     point = student.detach().requires_grad_()
-    with Peak(student, teacher) as meter:
+    with PeakBytes(student, teacher) as meter:
         torch.autograd.grad(loss(point, teacher).sum(), point)
     return meter.most
 

@@ -2,43 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from pullback.core.peak_bytes import PeakBytes
 from pullback.core.saved_bytes import saved_bytes
 from pullback.methods.tract import tract
-
-
-class Peak(TorchDispatchMode):
-    """Largest number of bytes that live at a time in tensors which operations have made."""
-
-    def __init__(self, *given: Tensor) -> None:
-        super().__init__()
-        self.given = {each.untyped_storage().data_ptr() for each in given}
-        self.live: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.most = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for each in out if isinstance(out, tuple | list) else (out,):
-            storage = each.untyped_storage() if isinstance(each, Tensor) else None
-            if storage is not None and storage.data_ptr() not in self.given:
-                self.live[storage.data_ptr()] = StorageWeakRef(storage), storage.nbytes()
-        self.live = {key: row for key, row in self.live.items() if not row[0].expired()}
-        self.most = max(self.most, sum(size for _, size in self.live.values()))
-        return out
 
 
 def peak_of_backward(layer, x):
     z = layer(x)
     outer = torch.ones_like(z)
-    with Peak(x, z, outer, *layer.parameters()) as meter:
+    with PeakBytes(x, z, outer, *layer.parameters()) as meter:
         torch.autograd.grad(z, list(layer.parameters()), outer)
     return meter.most
 
