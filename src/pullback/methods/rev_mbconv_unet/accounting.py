@@ -1,8 +1,9 @@
 """What a network keeps for its backward pass: by formula from its settings, and by counting saved tensors.
 
-The unit of the formulas is u, one half state of a level: batch x channels / 2 x voxels. A bottleneck keeps 6e + 2 units
-(4e + 2 where the activation works in place), so that a plain stage of B blocks keeps B (12e + 4) + 1, one checkpoint per
-block 2B + 2, and a reversible stage 2, whatever B is. Statistics of norms are a fraction of a per cent and are in.
+The unit of the formulas is u, one half state of a level: batch x channels / 2 x voxels. A bottleneck keeps 6e + 2
+units (4e + 2 where the activation works in place), so that a plain stage of B blocks keeps B (12e + 4) + 1, one
+checkpoint per block 2B + 2, and a reversible stage 2, whatever B is. Statistics of norms, a fraction of a per cent,
+are counted too.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ def saved_by_mbconv(fn: MBConv, batch: int, voxels: int) -> int:
         voxels: product of the spatial sizes.
 
     Returns:
-        The number of elements: ``6 e + 2`` (``4 e + 2`` in place) times the input's, statistics of the norms, and what a
-        gate needs.
+        The number of elements: ``6 e + 2`` (``4 e + 2`` in place) times the input's, statistics of the norms, and
+        what a gate needs.
     """
     wide, in_place = fn.channels * fn.expansion, fn.act == "leaky_relu"
     maps = (4 if in_place else 6) * wide + 2 * fn.channels

@@ -252,8 +252,8 @@ class ReversibleStage(Layer):
     x2 = y2 - G(y1), x1 = y1 - F(x2) (Gomez et al. 2017; section 3.1). The backward pass starts from the stage's output,
     the only thing that is kept, and rebuilds every input on its way.
 
-    F and G are any modules that keep the shape of a half. Random numbers, autocast and the statistics of batch norms are
-    those of the forward pass when F and G are computed again.
+    F and G are any modules that keep the shape of a half. Random numbers, autocast and the statistics of batch norms
+    are those of the forward pass when F and G are computed again; `pullback.core.reversible` does it.
 
     Args:
         blocks: pairs (F, G).

@@ -6,12 +6,10 @@ autograd's own tensors. Networks segment grey and white matter of a template bra
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -36,7 +34,8 @@ from pullback.lab import (
     TrialResult,
     Tune,
 )
-from pullback.lab.data.volumes import Tissue, another_scanner, brain_tissue, coronal_slices, cubes
+from pullback.lab.data import brain_tissue
+from pullback.lab.models.segmentation import Segmentation
 from pullback.methods.rev_mbconv_unet.accounting import Mode, analytic_bytes, peak_bytes
 from pullback.methods.rev_mbconv_unet.blocks import Pair, ReversibleStage
 from pullback.methods.rev_mbconv_unet.unet import ReversibleUNet, dice_score, soft_dice
@@ -64,6 +63,7 @@ class Checkpointed(nn.Module):
             x1 = x1 + f(x2)
             return x1, x2 + g(x1)
 
+        pair = (pair[0].clone(), pair[1]) if pair[0]._base is not None else pair  # a view would keep the whole
         functions = list(self.stage.functions())
         for f, g in zip(functions[::2], functions[1::2], strict=True):
             pair = checkpoint(block, f, g, *pair, use_reentrant=False)
@@ -189,10 +189,9 @@ class Config:
     Args:
         widths: channels of the levels of the reference network.
         blocks: blocks of every stage.
-        side: side of the cubes that are cut from the training blocks.
+        side: side of the training cubes.
         batch: cubes of a step.
         steps: optimizer steps.
-        noise: deviation of the noise on intensities, whose deviation is 1.
         gap_steps: steps over which the losses of two paired runs are compared.
         timed: steps that are timed.
     """
@@ -202,7 +201,6 @@ class Config:
     side: int = 16
     batch: int = 2
     steps: int = 100
-    noise: float = 0.3
     gap_steps: int = 20
     timed: int = 8
 
@@ -213,78 +211,53 @@ class Config:
         return in_mode(net, mode)
 
 
-class Training:
-    """One network with Adam and half a cosine."""
+def begun(cfg: Config, mode: Mode, lr: float, seed: int, parts: int = 1) -> Segmentation:
+    """A network of the seed in some mode and its training, not yet begun."""
+    return Segmentation(
+        cfg.network(seed, mode),
+        soft_dice,
+        lr=lr,
+        steps=cfg.steps,
+        side=cfg.side,
+        batch=cfg.batch,
+        seed=seed,
+        parts=parts,
+    )
 
-    def __init__(self, cfg: Config, mode: Mode, lr: float, seed: int, parts: int = 1) -> None:
-        self.cfg, self.seed, self.parts = cfg, seed, parts
-        self.net = cfg.network(seed, mode)
-        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=lr, fused=True)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: 0.5 + 0.5 * math.cos(math.pi * step / cfg.steps)
-        )
 
-    def step(self, step: int) -> float:
-        """One update, the batch in ``parts`` parts; the loss before it."""
-        x, y = cubes(self.cfg.batch, self.cfg.side, self.cfg.noise, generator("cubes", self.seed, step))
-        self.optimizer.zero_grad()
-        total = 0.0
-        for images, masks in zip(x.chunk(self.parts), y.chunk(self.parts), strict=True):
-            loss = soft_dice(self.net(images), masks) / self.parts
-            loss.backward()
-            total += float(loss.detach())
-        self.optimizer.step()
-        self.schedule.step()
-        return total
+def scores(run: Segmentation) -> dict[str, float]:
+    """Overlap in the test block, and in the one by which learning rates are chosen."""
+    grey, white = run.mean_score(brain_tissue().test, dice_score).tolist()
+    chosen_by = run.mean_score(brain_tissue().validation, dice_score).mean()
+    return {
+        "dice": (grey + white) / 2,
+        "grey_dice": grey,
+        "white_dice": white,
+        "validation_dice": float(chosen_by),
+    }
 
-    @torch.no_grad()
-    def dice(self, part: Tissue, times: int = 4) -> Tensor:
-        """Overlap [2] with grey and white matter, the mean over several corruptions of a block."""
-        found = []
-        for number in range(times):
-            x = another_scanner(part.image[None], self.cfg.noise, generator("scanner", self.seed, number))
-            found.append(dice_score(self.net(x) > 0, part.masks[None])[0])
-        return torch.stack(found).mean(0)
 
-    def scores(self) -> dict[str, float]:
-        """Overlap in the test block, and in the one by which learning rates are chosen."""
-        grey, white = self.dice(brain_tissue().test).tolist()
-        return {
-            "dice": (grey + white) / 2,
-            "grey_dice": grey,
-            "white_dice": white,
-            "validation_dice": float(self.dice(brain_tissue().validation).mean()),
-        }
-
-    @torch.no_grad()
-    def keep(self, log: Log) -> None:
-        """Three slices of the test block: what is seen, what is there, and what is predicted."""
-        test = brain_tissue().test
-        x = another_scanner(test.image[None], self.cfg.noise, generator("scanner", self.seed, 0))
-        rows = (2, 8, 14)
-        scores = self.net(x)[0]
-        predicted = torch.where((scores > 0).any(0), scores.argmax(0) + 1, 0)
-        truth = torch.where(test.masks.any(0), test.masks.float().argmax(0) + 1, 0)
-        grey = ((x[0, 0] - x.min()) / (x.max() - x.min()) * 255).round()
-        for name, volume in {"input": grey, "truth": truth, "predicted": predicted}.items():
-            log.array(name, coronal_slices(volume, rows).to(torch.uint8).numpy())
+def keep_slices(run: Segmentation, seed: int, log: Log) -> None:
+    """What the page shows of the first seed."""
+    if seed == TEST_SEEDS[0]:
+        for name, array in run.slices().items():
+            log.array(name, array)
 
 
 def run_paired(cfg: Config, arm: str, hp: Hyperparameters, seed: int, log: Log) -> Mapping[str, float]:
     """Train one network; arms of a seed share initial weights and batches."""
     mode: Any = arm
     lr = float(hp["lr"])
-    run = Training(cfg, mode, lr, seed)
+    run = begun(cfg, mode, lr, seed)
     for step in range(cfg.steps):
         log.value("loss", run.step(step), step)
-    if seed == TEST_SEEDS[0]:
-        run.keep(log)
-    twins = [Training(cfg, each, lr, seed) for each in (mode, "plain")]
+    keep_slices(run, seed, log)
+    twins = [begun(cfg, each, lr, seed) for each in (mode, "plain")]
     gap = max(abs(twins[0].step(step) - twins[1].step(step)) for step in range(cfg.gap_steps))
-    return {**run.scores(), "loss_gap": gap, "step_cost": 1.0 if arm == "plain" else _cost(*twins, cfg.timed)}
+    return {**scores(run), "loss_gap": gap, "step_cost": 1.0 if arm == "plain" else _cost(*twins, cfg.timed)}
 
 
-def _cost(method: Training, plain: Training, steps: int) -> float:
+def _cost(method: Segmentation, plain: Segmentation, steps: int) -> float:
     """Median over steps, taken in turn, of the processor time of one over that of the other."""
     ratios = []
     for step in range(steps):
@@ -325,13 +298,15 @@ def grown(cfg: Config, arm: str) -> Config:
 
 def run_budget(cfg: Config, arm: str, hp: Hyperparameters, seed: int, log: Log) -> Mapping[str, float]:
     """Train the network that an arm can afford."""
-    run = Training(grown(cfg, arm), MODES[arm], float(hp["lr"]), seed, PARTS.get(arm, 1))
+    mine = grown(cfg, arm)
+    run = begun(mine, MODES[arm], float(hp["lr"]), seed, PARTS.get(arm, 1))
     start = time.process_time()
     for step in range(cfg.steps):
         log.value("loss", run.step(step), step)
     seconds = time.process_time() - start
+    keep_slices(run, seed, log)
     parameters = float(sum(p.numel() for p in run.net.parameters()))
-    return {**run.scores(), "width": float(run.cfg.widths[0]), "parameters": parameters, "seconds": seconds}
+    return {**scores(run), "width": float(mine.widths[0]), "parameters": parameters, "seconds": seconds}
 
 
 # --- declarations -------------------------------------------------------------------------------------------
@@ -363,7 +338,9 @@ DATA = (
     "intensity scale, bias field and noise. "
 )
 CANNOT = "BraTS Dice, volumes of 240 x 240 x 155 in training, several MRI channels, memory of an accelerator."
-PREDICTED = "Coronal slices of the test block at the first seed: input, truth and prediction; grey and white matter painted."
+PREDICTED = (
+    "Coronal slices of the test block, first seed: grey and white matter, true and predicted, painted."
+)
 CHECKPOINT = "checkpoint"
 
 MEMORY = Study(

@@ -24,7 +24,13 @@ def bottlenecks(blocks, c=2, dims=2, **settings):
 def noisy(norm):
     """A function with dropout in its middle, as a user would write it."""
     middle = nn.GroupNorm(1, 6) if norm == "group" else nn.BatchNorm2d(6)
-    parts = (nn.Conv2d(2, 6, 3, padding=1), middle, nn.Dropout(0.2), nn.ReLU(inplace=True), nn.Conv2d(6, 2, 1))
+    parts = (
+        nn.Conv2d(2, 6, 3, padding=1),
+        middle,
+        nn.Dropout(0.2),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(6, 2, 1),
+    )
     return nn.Sequential(*parts)
 
 
@@ -219,7 +225,9 @@ def test_other_axes_can_be_split():
 )
 def test_a_change_of_shape_is_refused_at_construction(fn):
     good = nn.Identity()
-    with pytest.raises(ValueError, match=r"blocks\[0\]\[1\] must keep the shape of its input, got .* stride 1"):
+    with pytest.raises(
+        ValueError, match=r"blocks\[0\]\[1\] must keep the shape of its input, got .* stride 1"
+    ):
         ReversibleStage([(good, fn)])
     assert all(p.device.type == "cpu" for p in fn.parameters())
 
@@ -246,12 +254,12 @@ class Overwriting(nn.Module):
 @pytest.mark.parametrize("reversible", [True, False])
 def test_what_only_a_call_can_show_is_refused_there(reversible):
     x = torch.ones(1, 4, 5, 5)
-    with pytest.raises(ValueError, match="must keep the shape .* got .*Use stride 1"):
+    with pytest.raises(ValueError, match=r"must keep the shape .* got .*Use stride 1"):
         ReversibleStage([(Narrow(), Narrow())], reversible=reversible)(x)
-    with pytest.raises(RuntimeError, match="must not overwrite its input, got .*inplace=False"):
+    with pytest.raises(RuntimeError, match=r"must not overwrite its input, got .*inplace=False"):
         ReversibleStage([(Overwriting(), nn.Identity())], reversible=reversible)(x)
+    first = nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(2, 2, 1))
     with pytest.raises(RuntimeError, match="must not overwrite its input"):
-        first = nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(2, 2, 1))
         ReversibleStage([(first, nn.Identity())], reversible=reversible)(x)
 
 
@@ -276,10 +284,18 @@ def test_second_derivatives_are_refused_and_work_without_reversal():
 @pytest.mark.parametrize(
     ("x", "error", "message"),
     [
-        (torch.ones(1, 3, 4, 4), ValueError, r"x must have an even size along split_dim=1, got .*\(1, 3, 4, 4\)"),
+        (
+            torch.ones(1, 3, 4, 4),
+            ValueError,
+            r"x must have an even size along split_dim=1, got .*\(1, 3, 4, 4\)",
+        ),
         (torch.ones(4), ValueError, "x must have an even size along split_dim=1"),
         (torch.ones(1, 4, 4, 4).int(), TypeError, "x must be a floating tensor, got"),
-        ((torch.ones(1, 2, 4, 4), torch.ones(1, 2, 4, 5)), ValueError, "x must be two halves of equal shapes, got"),
+        (
+            (torch.ones(1, 2, 4, 4), torch.ones(1, 2, 4, 5)),
+            ValueError,
+            "x must be two halves of equal shapes, got",
+        ),
         ((torch.ones(1, 2, 4, 4),), TypeError, "x must be a tensor or a pair of tensors, got"),
         ("x", TypeError, "x must be a tensor or a pair of tensors, got 'x'"),
     ],
