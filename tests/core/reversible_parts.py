@@ -81,7 +81,8 @@ def plain(seq):
 
 
 def relative(ours, theirs):
-    """Largest error of a list of gradients, each relative to its largest entry (a thousandth of all, if that is more)."""
+    """Largest error of a list of gradients, each relative to its largest entry, or a thousandth of all."""
+    ours, theirs = ([each if each is None else each.detach() for each in row] for row in (ours, theirs))
     least = 1e-3 * max(float(each.abs().max()) for each in theirs if each is not None)
     worst = 0.0
     for one, other in zip(ours, theirs, strict=True):

@@ -24,8 +24,9 @@ class CouplingStep(nn.Module):
         slot: which tensor of the state is rewritten.
         reads: slots that ``fn`` is given, in this order; not ``slot`` itself, or the step could not be undone.
         fn: a module, or a function without weights of its own. It keeps the shape of the slot (stride 1, as many
-            channels), does not overwrite what it is given, and gives the same again when it is called again: dropout and
-            batch normalisation do (their random numbers and statistics are replayed), spectral normalisation does not.
+            channels), does not overwrite what it is given, and gives the same again when it is called again: dropout
+            and batch normalisation do (their random numbers and statistics are replayed), spectral normalisation
+            does not.
         scale: the factor a: None for 1, a number, or a tensor (a parameter is learned) that broadcasts to the slot,
             such as [1, channels, 1, 1]. It must stay away from zero; see `away_from_zero_`.
         context: positions of the further tensors that ``fn`` is given after the slots it reads; these never change.
@@ -128,12 +129,37 @@ class CouplingStep(nn.Module):
         return new
 
 
+class _Unused(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(value: Tensor, other: Tensor) -> Tensor:  # noqa: ARG004
+        return value.view_as(value)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:  # noqa: ARG004
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        return grads[0], torch.zeros_like(ctx.saved_tensors[0])
+
+
+def unused(value: Tensor, other: Any) -> Tensor:
+    """``value``; if ``other`` is a tensor that learns, its gradient is exactly zero instead of missing.
+
+    So is that of a factor in front of an empty slot, which stands for zero: every parameter then has a gradient, as
+    DistributedDataParallel expects.
+    """
+    return _Unused.apply(value, other) if isinstance(other, Tensor) and other.requires_grad else value
+
+
 @torch.no_grad()
 def away_from_zero_(scale: Tensor, minimum: float = 1e-3) -> Tensor:
     """Raise ``|scale|`` to at least ``minimum`` in place, keeping signs; an exact zero becomes ``+minimum``.
 
-    Call it in front of the forward pass. Autograd does not notice the edit, so that two forward passes may come before
-    one backward pass: entries that are large enough stay bitwise what they are.
+    Call it in front of the forward pass. Autograd does not notice the edit, so that two forward passes may come
+    before one backward pass: entries that are large enough stay bitwise what they are.
 
     Args:
         scale: the factors of coupling steps.

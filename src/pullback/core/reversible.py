@@ -1,13 +1,13 @@
-r"""Coupling steps over a tuple of tensors: invertible whatever the functions inside are, so that nothing need be kept.
+r"""Coupling steps over a tuple of tensors: invertible whatever the functions inside are, so that little is kept.
 
 A step rewrites one slot of the state and reads others,
 
 .. math:: s_i \leftarrow a \odot s_i + F(s_j, \ldots, \text{context}), \qquad i \notin \{j, \ldots\},
 
 so that its input is :math:`s_i = (s_i^{new} - F(s_j, \ldots)) / a`: F itself is computed forwards only. Two steps on
-two slots with a = 1 are a block of a RevNet (Gomez et al. 2017, arXiv:1707.04585), one step for each level of a feature
-pyramid is a column of a RevCol (Cai et al. 2023, arXiv:2212.11696). `ReversibleSequence` runs many of them and keeps
-the last state for the backward pass instead of everything inside::
+two slots with a = 1 are a block of a RevNet (Gomez et al. 2017, arXiv:1707.04585), one step for each level of a
+feature pyramid is a column of a RevCol (Cai et al. 2023, arXiv:2212.11696). `ReversibleSequence` runs many of them
+and keeps the last state for the backward pass instead of everything inside::
 
     seq = ReversibleSequence([CouplingStep(slot=0, reads=[1], fn=f), CouplingStep(slot=1, reads=[0], fn=g)])
     y1, y2 = seq((x1, x2))
@@ -17,13 +17,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from pullback.core.checks import instance, integer, shown
-from pullback.core.coupling import HALF, CouplingStep, State, away_from_zero_
+from pullback.core.coupling import HALF, CouplingStep, State, away_from_zero_, unused
 from pullback.core.kinds.recompute import Recompute
 from pullback.core.replay import Autocast, Generators, Replay, moved
 from pullback.core.reversible_sweep import Drift, Options, reversibly
@@ -34,20 +34,21 @@ __all__ = ["CouplingStep", "Drift", "ReversibleSequence", "away_from_zero_", "se
 class ReversibleSequence(nn.Module, Recompute):
     """Coupling steps in a row, whose activations are rebuilt in the backward pass instead of being kept.
 
-    Outputs are bitwise those of plain automatic differentiation, and so are random numbers and running statistics after
-    the call. Gradients are equal up to rounding: what a step read is rebuilt by undoing the later ones, each of which
-    divides by its scale. With scales below 1 rounding errors grow geometrically; ``anchor_every`` bounds that.
-    Parameters are explicit inputs of one autograd function, so that ``torch.autograd.grad``, accumulation, frozen and
-    shared modules, DistributedDataParallel and retained graphs behave as they do elsewhere. A second derivative is refused.
-    Nothing is rebuilt, and nothing special kept, without a graph, under ``torch.func`` transforms, and after
-    `set_reversible` switched it off: then the same steps run under plain automatic differentiation.
+    Outputs are bitwise those of plain automatic differentiation, and so are random numbers and running statistics
+    after the call. Gradients are equal up to rounding: what a step read is rebuilt by undoing the later ones, each
+    of which divides by its scale. With scales below 1 rounding errors grow geometrically; ``anchor_every`` bounds
+    that. Parameters are explicit inputs of one autograd function, so that ``torch.autograd.grad``, accumulation,
+    frozen and shared modules, DistributedDataParallel and retained graphs behave as they do elsewhere. A second
+    derivative is refused. Nothing is rebuilt, and nothing special kept, without a graph, under ``torch.func``
+    transforms, and after `set_reversible` switched it off: then the same steps run under plain automatic
+    differentiation.
 
     Args:
         steps: the steps, in order.
         anchor_every: keep the state in front of every such step number (k, 2k, ...); 0: of none. Memory grows by one
             state for each, and what is kept exactly need not be rebuilt.
-        preserve_rng_state: replay the random numbers of steps that draw some. Of the global torch generators only, not
-            NumPy's or Python's.
+        preserve_rng_state: replay the random numbers of steps that draw some. Of the global torch generators only,
+            not NumPy's or Python's.
         drift_check: also keep the input, and say in ``drift`` after every backward pass how far off the rebuilt is.
 
     Attributes:
@@ -77,6 +78,8 @@ class ReversibleSequence(nn.Module, Recompute):
                 "steps must hold at least one CouplingStep, got none. Pass [CouplingStep(...), ...]."
             )
         self.steps = nn.ModuleList(steps)
+        self._slots = 1 + max(max(each.slot, *each.reads, 0) for each in steps)
+        self._contexts = 1 + max(max(-1, -1, *each.context) for each in steps)
         self.anchor_every = integer("anchor_every", anchor_every, minimum=0, fix="Use 0 for no anchors.")
         self.preserve_rng_state = preserve_rng_state
         self.drift_check = drift_check
@@ -93,8 +96,9 @@ class ReversibleSequence(nn.Module, Recompute):
         """Run all steps.
 
         Args:
-            state: one floating tensor for each slot, of any shapes; None for a slot that begins empty (an exact zero).
-                Under autocast half-precision slots are raised to float32: only the functions run in half precision.
+            state: one floating tensor for each slot, of any shapes; None for a slot that begins empty (an exact
+                zero). Under autocast half-precision slots are raised to float32: only the functions run in half
+                precision.
             context: tensors that steps read and none rewrites.
 
         Returns:
@@ -105,25 +109,40 @@ class ReversibleSequence(nn.Module, Recompute):
             ValueError: if a step names a slot or context that is not there, reads an empty slot, or changes a shape.
             RuntimeError: if a function overwrites its input, or changes buffers from call to call.
         """
-        values, context, raised = self._checked(state, context)
         if self.reversible and torch.is_grad_enabled() and not _transformed():
-            self._warn_of_half(values)
-            found = _outside_graphs(self, values, context, raised)
+            found = _rebuilding(self, state, context)
             if found is not None:
                 return found
-        values, taps = self._plain(values, context, 0, len(self.steps), raised)
+        values, taps = self.advance(state, context)
         return (*values, *taps)  # ty: ignore[invalid-return-type]
 
     def advance(
         self, state: State, context: Sequence[Tensor] = (), start: int = 0, stop: int | None = None
     ) -> tuple[list[Tensor | None], list[Tensor]]:
-        """Run steps ``start`` to ``stop`` under plain automatic differentiation: the state after them, and their taps.
+        """Run some steps under plain automatic differentiation.
+
+        Args:
+            state: one tensor a slot, as :meth:`forward`.
+            context: as :meth:`forward`.
+            start: number of the first step.
+            stop: number behind the last one; None: all that there are.
+
+        Returns:
+            The state after them, and what they tapped.
 
         Raises:
             TypeError, ValueError, RuntimeError: as :meth:`forward`.
         """
         values, context, raised = self._checked(state, context)
-        return self._plain(values, context, start, len(self.steps) if stop is None else stop, raised)
+        taps = []
+        for step in self._plan()[start:stop]:
+            update = step.update(values, context)
+            new = step.couple(values[step.slot], update, step.scale, raised=raised)
+            new = new if values[step.slot] is not None else unused(new, step.scale)
+            values[step.slot] = new
+            if step.tap:
+                taps.append(new)
+        return values, taps
 
     def inverse(self, state: Sequence[Tensor], context: Sequence[Tensor] = ()) -> tuple[Tensor, ...]:
         """The state that :meth:`forward` was given, from the one it returned (without taps), up to rounding.
@@ -137,7 +156,7 @@ class ReversibleSequence(nn.Module, Recompute):
         values, context, _ = self._checked(state, context)
         devices = [each.device for each in (*values, *context) if each is not None]
         generators = Generators(devices)
-        for number, step in reversed(list(enumerate(self.steps))):
+        for number, step in reversed(list(enumerate(self._plan()))):
             before = generators.read()
             with Replay(step.fn, {}, f"step {number}").applied(()):
                 update = step.update(values, context)
@@ -155,16 +174,8 @@ class ReversibleSequence(nn.Module, Recompute):
             values[step.slot] = old if step.scale is None else old / step.scale
         return tuple(values)  # ty: ignore[invalid-return-type]
 
-    def _plain(
-        self, values: list[Tensor | None], context: Sequence[Tensor], start: int, stop: int, raised: bool
-    ) -> tuple[list[Tensor | None], list[Tensor]]:
-        taps = []
-        for step in list(self.steps)[start:stop]:
-            new = step.couple(values[step.slot], step.update(values, context), step.scale, raised=raised)
-            values[step.slot] = new
-            if step.tap:
-                taps.append(new)
-        return values, taps
+    def _plan(self) -> list[CouplingStep]:
+        return cast("list[CouplingStep]", list(self.steps))
 
     def _checked(
         self, state: State, context: Sequence[Tensor]
@@ -183,15 +194,13 @@ class ReversibleSequence(nn.Module, Recompute):
                 f"state must hold floating tensors, got {[getattr(each, 'dtype', None) for each in state]}. "
                 "Use .float()."
             )
-        slots = max(max((step.slot, *step.reads)) for step in self.steps) + 1
-        if len(state) < slots:
+        if len(state) < self._slots:
             raise ValueError(
-                f"state must have {slots} slots, got {len(state)}. Pass None for a slot that begins empty."
+                f"state must have {self._slots} slots, got {len(state)}. Pass None for a slot that begins empty."
             )
-        wanted = max((max(step.context, default=-1) for step in self.steps), default=-1) + 1
-        if len(context) < wanted:
+        if len(context) < self._contexts:
             raise ValueError(
-                f"context must have {wanted} tensors, got {len(context)}. Pass seq(state, [...])."
+                f"context must have {self._contexts} tensors, got {len(context)}. Pass seq(state, [...])."
             )
         given = (each for each in (*state, *context) if each is not None)
         raised = Autocast.read(each.device for each in given).enabled
@@ -211,16 +220,18 @@ class ReversibleSequence(nn.Module, Recompute):
 
 
 @torch._disable_dynamo
-def _outside_graphs(
-    sequence: ReversibleSequence, values: list[Tensor | None], context: tuple[Tensor, ...], raised: bool
+def _rebuilding(
+    sequence: ReversibleSequence, state: State, context: Sequence[Tensor]
 ) -> tuple[Tensor, ...] | None:
-    """The autograd function, which a compiler leaves alone; functions inside may be compiled."""
+    """The autograd function, which a compiler leaves alone; functions inside may be compiled by themselves."""
+    values, context, raised = sequence._checked(state, context)
+    sequence._warn_of_half(values)
     options = Options(sequence.anchor_every, sequence.preserve_rng_state, sequence.drift_check, raised)
 
     def report(drift: Drift) -> None:
         sequence.drift = drift
 
-    return reversibly(list(sequence.steps), values, context, options, sequence._seen, report)
+    return reversibly(sequence._plan(), values, context, options, sequence._seen, report)
 
 
 def set_reversible(module: nn.Module, reversible: bool = True) -> int:

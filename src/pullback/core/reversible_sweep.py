@@ -1,9 +1,9 @@
 """The one autograd function behind `pullback.core.reversible`: forward without a graph, backward step by step.
 
-The sweep of the backward pass undoes the last step first. Each step's function runs once more, with a graph of its own,
-which gives both the gradients and the value that has to be taken off the slot; then that graph is dropped. Values that
-were kept (anchors) are used as soon as the sweep arrives at them, so that with an anchor in front of every column
-nothing is rebuilt at all.
+The sweep of the backward pass undoes the last step first. Each step's function runs once more, with a graph of its
+own, which gives both the gradients and the value that has to be taken off the slot; then that graph is dropped.
+Values that were kept (anchors) are used as soon as the sweep arrives at them, so that with an anchor in front of
+every column nothing is rebuilt at all.
 """
 
 from __future__ import annotations
@@ -327,11 +327,11 @@ class _Reversible(torch.autograd.Function):
 
 class _Refusal(torch.autograd.Function):
     @staticmethod
-    def forward(_: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:  # noqa: ARG004
         return tuple(each.view_as(each) for each in grads)
 
     @staticmethod
-    def backward(_: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:  # noqa: ARG004
         raise RuntimeError(
             f"A reversible sequence must be differentiated once, got a second derivative ({len(grads)} gradients): its "
             "backward pass is not recorded. Call set_reversible(net, False), which keeps the activations."
