@@ -34,6 +34,7 @@ from pullback.methods.pinn_annealing import GradientAnnealing as GradientAnneali
 from pullback.methods.pinn_annealing import GradientHistograms as GradientHistograms
 from pullback.methods.pinn_annealing import ModifiedMLP as ModifiedMLP
 from pullback.methods.pinn_annealing import weight_matrices as weight_matrices
+from pullback.methods.revcol import Revcol as Revcol
 from pullback.methods.sam_gs import SAMGS as SAMGS
 from pullback.methods.sam_gs import multitask_backward as multitask_backward
 from pullback.methods.tract import TrAct as TrAct
@@ -62,6 +63,7 @@ __all__ = [
     "NonFiniteError",
     "PassRateTracker",
     "Project",
+    "Revcol",
     "RuleFlip",
     "ShallowDANN",
     "TaskAccumulator",

@@ -250,7 +250,10 @@ def test_compiled_functions_inside_and_a_compiled_model_around():
 
 def test_factors_are_kept_away_from_zero():
     scale = torch.tensor([0.0, -0.0, 1e-5, -1e-5, 0.5, -2.0])
-    kept = away_from_zero_(nn.Parameter(scale.clone()))
+    kept, other = nn.Parameter(scale.clone()), nn.Parameter(scale.double().view(2, 3))
+    away_from_zero_([kept, other])
+    assert torch.equal(other.data.float().view(6), kept.data)
+    away_from_zero_(kept)
     assert torch.equal(kept.data, torch.tensor([1e-3, 1e-3, 1e-3, -1e-3, 0.5, -2.0]))
     seq, state = chain(1, scale=learned), pair()
     first = seq(state)

@@ -155,23 +155,24 @@ def unused(value: Tensor, other: Any) -> Tensor:
 
 
 @torch.no_grad()
-def away_from_zero_(scale: Tensor, minimum: float = 1e-3) -> Tensor:
-    """Raise ``|scale|`` to at least ``minimum`` in place, keeping signs; an exact zero becomes ``+minimum``.
+def away_from_zero_(scales: Tensor | Sequence[Tensor], minimum: float = 1e-3) -> None:
+    """Raise every ``|scale|`` to at least ``minimum`` in place, keeping signs; an exact zero becomes ``+minimum``.
 
     Call it in front of the forward pass. Autograd does not notice the edit, so that two forward passes may come
     before one backward pass: entries that are large enough stay bitwise what they are.
 
     Args:
-        scale: the factors of coupling steps.
+        scales: the factors of one coupling step or of several.
         minimum: smallest size, > 0.
-
-    Returns:
-        ``scale``.
     """
-    values = scale.data
-    size = values.abs().clamp_min(minimum)
-    values.copy_(torch.where(values < 0, -size, size))
-    return scale
+    rows = [each.data for each in ([scales] if isinstance(scales, Tensor) else scales)]
+    kinds = {(each.device, each.dtype) for each in rows}
+    for kind in kinds:  # one pass for all of a kind: there may be a hundred small ones
+        same = [each for each in rows if (each.device, each.dtype) == kind]
+        flat = torch.cat([each.reshape(-1) for each in same])
+        size = flat.abs().clamp_min(minimum)
+        parts = torch.where(flat < 0, -size, size).split([each.numel() for each in same])
+        torch._foreach_copy_(same, [part.view_as(each) for part, each in zip(parts, same, strict=True)])
 
 
 def _factor(scale: float) -> float:
