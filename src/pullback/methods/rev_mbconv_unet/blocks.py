@@ -176,15 +176,15 @@ class MBConv(Layer):
                 f"x must be [batch, {self.channels}, {axes}], got {shown(x)}. "
                 "MBConv works on one half of a stage's channels."
             )
-        values = math.prod(x.shape[2:]) if len(x) else 2
+        if not len(x) and (self.norm == "instance" or (self.norm == "batch" and self.training)):
+            raise ValueError(
+                f"x must hold at least one example for norm={self.norm!r}, got {shown(x)}. Leave empty batches out."
+            )
+        values = math.prod(x.shape[2:])
         if self.norm == "batch":
             values = values * len(x) if self.training else 2
-        elif self.norm == "group":
-            values *= min(
-                module.num_channels // module.num_groups
-                for module in (self.norm1, self.norm3)
-                if isinstance(module, nn.GroupNorm)
-            )
+        elif self.norm == "group" and isinstance(self.norm1, nn.GroupNorm) and isinstance(self.norm3, nn.GroupNorm):
+            values *= min(norm.num_channels // norm.num_groups for norm in (self.norm1, self.norm3))
         if values == 1:
             raise ValueError(
                 f"x must give norm={self.norm!r} more than one value for each statistic, got {shown(x)}. The output "
@@ -302,7 +302,8 @@ class ReversibleStage(Layer):
             What was given: a tensor of the same shape, or a pair. Under autocast it is in float32.
 
         Raises:
-            TypeError: if ``x`` is neither.
+            TypeError: if ``x`` is neither, or in half precision where a graph is built; rebuilt, it would be off by a
+                per cent after a few blocks.
             ValueError: if the axis is odd, halves differ in shape, or a function changes the shape.
             RuntimeError: if a function overwrites its input, or has buffers that change what it computes.
         """
@@ -313,8 +314,22 @@ class ReversibleStage(Layer):
         return self._run(_state(x))
 
     def _run(self, pair: Pair) -> Pair:
+        if self.reversible and torch.is_grad_enabled():
+            self._refuse_half(pair[0])
         first, second = self.sequence(pair)
         return first, second
+
+    @staticmethod
+    def _refuse_half(half: Tensor) -> None:
+        device = half.device.type
+        if half.dtype not in {torch.float16, torch.bfloat16} or (
+            torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        ):
+            return
+        raise TypeError(
+            f"x must be float32 or float64 to be rebuilt in the backward pass, got {half.dtype}. Keep the weights in "
+            "float32 and use torch.autocast, or set reversible=False."
+        )
 
     @property
     def reversible(self) -> bool:

@@ -33,14 +33,18 @@ def _network(**settings: Any) -> ReversibleUNet:
     return ReversibleUNet(1, 2, **{"spatial_dims": 2, "widths": (2, 4), "blocks": (1, 1), **settings})
 
 
-_TWICE = {"gradgradcheck": "the backward pass rebuilds activations without recording it"}
+_REBUILT = {
+    "gradgradcheck": "the backward pass rebuilds activations without recording it",
+    "dtypes": "a state in half precision cannot be rebuilt; autocast keeps it in float32",
+    "compiles": "the autograd function of a stage stays outside a compiled graph, which is broken there",
+}
 
 CASES = (
     Case(
         name="MBConv",
         kind="layer",
-        build=lambda: MBConv(4, spatial_dims=2),
-        inputs=_images(4, 3, 4),
+        build=lambda: MBConv(4, spatial_dims=2, groups=1),
+        inputs=_images(4, 3, 3),
         shape=tuple,
         bad=(
             lambda: MBConv(0),
@@ -52,9 +56,9 @@ CASES = (
         ),
     ),
     Case(
-        name="MBConv[3d, batch, gate, leaky_relu]",
+        name="MBConv[3d, gate, leaky_relu]",
         kind="layer",
-        build=lambda: MBConv(2, norm="batch", act="leaky_relu", squeeze_excite=0.5),
+        build=lambda: MBConv(2, groups=1, act="leaky_relu", squeeze_excite=0.5),
         inputs=_images(2, 2, 3, 2),
         shape=tuple,
     ),
@@ -64,16 +68,8 @@ CASES = (
         build=_stage,
         inputs=_images(4, 3, 3),
         shape=tuple,
-        refuses=_TWICE,
+        refuses=_REBUILT,
         bad=(lambda: ReversibleStage([]), lambda: ReversibleStage([(nn.Conv2d(2, 3, 1), nn.Identity())])),
-    ),
-    Case(
-        name="ReversibleStage[batch]",
-        kind="layer",
-        build=lambda: _stage(norm="batch"),
-        inputs=_images(4, 3, 3),
-        shape=tuple,
-        refuses=_TWICE,
     ),
     Case(
         name="ReversibleUNet",
@@ -81,7 +77,7 @@ CASES = (
         build=_network,
         inputs=_images(1, 5, 4),
         shape=lambda s: (s[0], 2, *s[2:]),
-        refuses=_TWICE,
+        refuses=_REBUILT,
         bad=(
             lambda: _network(widths=(2, 3)),
             lambda: _network(blocks=(1,)),
@@ -92,16 +88,17 @@ CASES = (
     Case(
         name="ReversibleUNet[3d]",
         kind="layer",
-        build=lambda: _network(spatial_dims=3, norm="instance", act="relu6"),
+        build=lambda: _network(spatial_dims=3, act="relu6"),
         inputs=_images(1, 4, 3, 4),
         shape=lambda s: (s[0], 2, *s[2:]),
-        refuses=_TWICE,
+        refuses=_REBUILT,
     ),
     Case(
         name="ReversibleUNet[plain]",
         kind="layer",
-        build=lambda: _network(reversible=False),
+        build=lambda: _network(reversible=False, zero_init=True),
         inputs=_images(1, 4, 4),
         shape=lambda s: (s[0], 2, *s[2:]),
+        refuses={"compiles": _REBUILT["compiles"]},
     ),
 )

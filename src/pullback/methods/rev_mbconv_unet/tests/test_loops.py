@@ -103,6 +103,7 @@ def test_autocast_with_a_scaler():
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 def test_compiled():
     net, (x, y) = network(), batch(0)
     compiled = torch.compile(net, backend="eager")
