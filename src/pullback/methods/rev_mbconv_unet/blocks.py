@@ -183,7 +183,11 @@ class MBConv(Layer):
         values = math.prod(x.shape[2:])
         if self.norm == "batch":
             values = values * len(x) if self.training else 2
-        elif self.norm == "group" and isinstance(self.norm1, nn.GroupNorm) and isinstance(self.norm3, nn.GroupNorm):
+        elif (
+            self.norm == "group"
+            and isinstance(self.norm1, nn.GroupNorm)
+            and isinstance(self.norm3, nn.GroupNorm)
+        ):
             values *= min(norm.num_channels // norm.num_groups for norm in (self.norm1, self.norm3))
         if values == 1:
             raise ValueError(

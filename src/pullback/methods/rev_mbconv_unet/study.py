@@ -63,7 +63,9 @@ class Checkpointed(nn.Module):
             x1 = x1 + f(x2)
             return x1, x2 + g(x1)
 
-        pair = (pair[0].clone(), pair[1]) if pair[0]._base is not None else pair  # a view would keep the whole
+        pair = (
+            (pair[0].clone(), pair[1]) if pair[0]._base is not None else pair
+        )  # a view would keep the whole
         functions = list(self.stage.functions())
         for f, g in zip(functions[::2], functions[1::2], strict=True):
             pair = checkpoint(block, f, g, *pair, use_reentrant=False)

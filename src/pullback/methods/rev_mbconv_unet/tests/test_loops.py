@@ -145,7 +145,9 @@ def test_the_peak_of_a_step_is_near_the_formula_and_flat_in_depth(blocks):
     y = torch.cat([x > 0, x > 0.7], 1)
     peaks = {}
     for reversible in (True, False):
-        net = network(spatial_dims=3, widths=(8, 16), blocks=(blocks,) * 2, expansion=4, reversible=reversible)
+        net = network(
+            spatial_dims=3, widths=(8, 16), blocks=(blocks,) * 2, expansion=4, reversible=reversible
+        )
         with Alive() as alive:
             soft_dice(net(x), y).backward()
         weights = 2 * sum(p.nbytes for p in net.parameters())
@@ -154,5 +156,9 @@ def test_the_peak_of_a_step_is_near_the_formula_and_flat_in_depth(blocks):
     unit = 4 * 4 * 16**3  # half a state of the first level
     # Gradients of widened maps (3e of them at once) are in no formula, as they are the same in both.
     for flag, measured in peaks.items():
-        assert wanted[flag] - 3 * unit < measured < wanted[flag] + 16 * unit, (flag, measured / unit, wanted[flag] / unit)
+        assert wanted[flag] - 3 * unit < measured < wanted[flag] + 16 * unit, (
+            flag,
+            measured / unit,
+            wanted[flag] / unit,
+        )
     assert peaks[True] < 60 * unit
