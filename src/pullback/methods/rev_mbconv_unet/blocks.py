@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pullback.core.checks import choice, floating, fraction, integer, shown
+from pullback.core.depthwise import Depthwise3d
 from pullback.core.kinds import Layer
 from pullback.core.reversible import CouplingStep, ReversibleSequence
 
@@ -138,7 +139,11 @@ class MBConv(Layer):
         self.expand = conv(self.channels, wide, 1, bias=False)
         self.norm1 = _norm(self.norm, wide, dims, groups)
         self.act1 = ACTS[self.act]()
-        self.depthwise = conv(wide, wide, kernel_size, padding=kernel_size // 2, groups=wide, bias=False)
+        self.depthwise = (
+            Depthwise3d(wide, kernel_size)
+            if dims == 3
+            else conv(wide, wide, kernel_size, padding=kernel_size // 2, groups=wide, bias=False)
+        )
         self.norm2 = _norm(self.norm, wide, dims, groups)
         self.act2 = ACTS[self.act]()
         self.gate = nn.Identity() if squeeze_excite is None else self._gate(squeeze_excite, wide)
@@ -225,9 +230,7 @@ def _kept_shape(name: str, fn: nn.Module) -> None:
     modules, shows at the first call.
     """
     parts = list(fn.modules())
-    own = all(
-        type(part).__module__.startswith("torch.nn.modules") or isinstance(part, MBConv) for part in parts
-    )
+    own = all(type(part).__module__.startswith("torch.nn.modules") for part in parts)
     plain = all(isinstance(part, nn.Sequential) or not list(part.children()) for part in parts)
     hooked = any(part._forward_hooks or part._forward_pre_hooks for part in parts)
     first: Any = next((part for part in parts if hasattr(part, "in_channels")), None)

@@ -1,4 +1,4 @@
-"""The network in the user's own loop: resume, accumulation, frozen weights, autocast, compile, and its peak of memory."""
+"""The network in the user's own loop: resume, accumulation, frozen weights, autocast, compile; its peak of memory."""
 
 from __future__ import annotations
 
