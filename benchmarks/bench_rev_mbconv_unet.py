@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import statistics
 import time
@@ -101,10 +102,8 @@ def stage_seconds(repeats: int = 21) -> dict[str, list[float]]:
         "reversible": rebuilt,
         "checkpoint": Checkpointed(copy.deepcopy(base)),
     }
-    try:
+    with contextlib.suppress(ImportError):
         ways["memcnn"] = memcnn_stage(copy.deepcopy(base))
-    except ImportError:
-        pass
     steps = {name: stepping(way, list(way.parameters()), x) for name, way in ways.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations inside MemCNN

@@ -43,9 +43,9 @@ class Depthwise3d(nn.Conv3d):
             channels, channels, kernel_size, padding=kernel_size // 2, groups=channels, bias=False
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Tensor of the shape of ``x``, [batch, channels, depth, height, width]."""
-        return depthwise3d(x, self.weight)
+    def forward(self, input: Tensor) -> Tensor:
+        """Tensor of the shape of ``input``, [batch, channels, depth, height, width]."""
+        return depthwise3d(input, self.weight)
 
 
 def _convolved(x: Tensor, weight: Tensor) -> Tensor:
@@ -65,7 +65,8 @@ class _Depthwise(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        (grad,) = grads
         x, weight = ctx.saved_tensors
         wanted, trained = ctx.needs_input_grad
         return (

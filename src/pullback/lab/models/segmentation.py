@@ -77,6 +77,18 @@ class Segmentation:
         ]
         return torch.stack(found).mean(0)
 
+    def overlaps(self, score: Loss) -> dict[str, float]:
+        """Scores in the test block (``dice`` and its two parts), and in the one by which learning rates are chosen."""
+        parts = brain_tissue()
+        grey, white = self.mean_score(parts.test, score).tolist()
+        chosen_by = float(self.mean_score(parts.validation, score).mean())
+        return {
+            "dice": (grey + white) / 2,
+            "grey_dice": grey,
+            "white_dice": white,
+            "validation_dice": chosen_by,
+        }
+
     def slices(self, rows: Sequence[int] = (2, 8, 14)) -> dict[str, np.ndarray]:
         """Coronal slices of the test block as uint8: what is seen, the truth, and what is predicted (0, 1, 2)."""
         test = brain_tissue().test

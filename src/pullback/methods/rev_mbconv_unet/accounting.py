@@ -215,8 +215,8 @@ def report_of(net: ReversibleUNet, input_shape: Sequence[int], *, count: bool = 
         ValueError: if the shape is none of an input.
     """
     shape = _checked(net, input_shape)
-    kept = {mode: analytic_bytes(net, shape, mode) for mode in MODES}
-    peak = {mode: peak_bytes(net, shape, mode) for mode in MODES}
+    kept: dict[str, int] = {mode: analytic_bytes(net, shape, mode) for mode in MODES}
+    peak: dict[str, int] = {mode: peak_bytes(net, shape, mode) for mode in MODES}
     counted = {}
     if count:
         counted = {

@@ -18,7 +18,7 @@ Norm: TypeAlias = Literal["group", "instance", "batch"]
 Act: TypeAlias = Literal["silu", "relu6", "leaky_relu"]
 
 NORMS: Final[tuple[Norm, ...]] = ("group", "instance", "batch")
-ACTS: Final[dict[str, Callable[[], nn.Module]]] = {
+ACTS: Final[dict[Act, Callable[[], nn.Module]]] = {
     "silu": nn.SiLU,
     "relu6": nn.ReLU6,
     # In place it keeps one tensor where the others keep two, and its gradient can be read from what it leaves behind.
@@ -34,11 +34,11 @@ _POOL: Final[dict[int, Any]] = {2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d
 
 
 def group_count(channels: int, wanted: int | None) -> int:
-    """Groups of a GroupNorm: ``wanted``, or the largest divisor up to 8 that leaves two channels in a group.
+    """Groups of a GroupNorm: ``wanted``, or (None) the largest divisor up to 8 that leaves two channels in a group.
 
     Args:
         channels: channels of the norm.
-        wanted: the user's number, None for the rule.
+        wanted: the user's number.
 
     Returns:
         A divisor of ``channels``.
@@ -68,7 +68,7 @@ def _norm(kind: Norm, channels: int, dims: int, groups: int | None) -> nn.Module
 class _Gate(nn.Module):
     """Squeeze-and-excitation: scale every channel by a number in (0, 1) that its mean and those of the others give."""
 
-    def __init__(self, channels: int, reduced: int, dims: int, act: str) -> None:
+    def __init__(self, channels: int, reduced: int, dims: int, act: Act) -> None:
         super().__init__()
         self.mean = _POOL[dims](1)
         self.squeeze = CONVS[dims](channels, reduced, 1)
@@ -328,10 +328,9 @@ class ReversibleStage(Layer):
 
     @staticmethod
     def _refuse_half(half: Tensor) -> None:
-        device = half.device.type
-        if half.dtype not in {torch.float16, torch.bfloat16} or (
-            torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        ):
+        kind = half.device.type
+        raised = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        if raised or half.dtype not in {torch.float16, torch.bfloat16}:
             return
         raise TypeError(
             f"x must be float32 or float64 to be rebuilt in the backward pass, got {half.dtype}. Keep the weights in "
@@ -349,8 +348,8 @@ class ReversibleStage(Layer):
 
     def functions(self) -> Iterator[nn.Module]:
         """F and G of every block, in the order in which they run."""
-        for step in self.sequence.steps:
-            yield step.fn
+        fns: list[Any] = [step.fn for step in self.sequence.steps]
+        yield from fns
 
     def inverse(self, y: Any) -> Any:
         """The input that gives ``y``, up to rounding; without gradients.

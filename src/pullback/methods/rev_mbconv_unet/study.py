@@ -1,7 +1,7 @@
 """What does a reversible U-Net save, does it cost accuracy, and what is the saved memory good for?
 
-Memory is counted, not sampled: the bytes kept for the backward pass follow from a formula that every run checks against
-autograd's own tensors. Networks segment grey and white matter of a template brain, on blocks of it that they never saw.
+Memory is counted, not sampled: bytes kept follow from a formula that every run checks. Networks segment grey
+and white matter of a template brain, on blocks of it that they never saw.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pullback.core.saved_bytes import saved_bytes
 from pullback.core.streams import generator, stream_seed
 from pullback.lab import (
     Arms,
+    Curves,
     Drawing,
     Equivalent,
     Greater,
@@ -34,7 +35,6 @@ from pullback.lab import (
     TrialResult,
     Tune,
 )
-from pullback.lab.data import brain_tissue
 from pullback.lab.models.segmentation import Segmentation
 from pullback.methods.rev_mbconv_unet.accounting import Mode, analytic_bytes, peak_bytes
 from pullback.methods.rev_mbconv_unet.blocks import Pair, ReversibleStage
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TEST_SEEDS = tuple(range(200, 208))
+CHECKPOINT = "checkpoint"
 STATE = 16  # bytes of a trained parameter: its weight, gradient and two moments of Adam
 
 
@@ -63,13 +64,18 @@ class Checkpointed(nn.Module):
             x1 = x1 + f(x2)
             return x1, x2 + g(x1)
 
-        pair = (
-            (pair[0].clone(), pair[1]) if pair[0]._base is not None else pair
-        )  # a view would keep the whole
+        if pair[0]._base is not None:  # a view would keep the whole of what it views
+            pair = pair[0].clone(), pair[1]
         functions = list(self.stage.functions())
         for f, g in zip(functions[::2], functions[1::2], strict=True):
             pair = checkpoint(block, f, g, *pair, use_reentrant=False)
         return pair
+
+
+def network(width: int, levels: int, blocks: int, expansion: int = 2) -> ReversibleUNet:
+    """A network that doubles its width at every level."""
+    widths = [width << level for level in range(levels)]
+    return ReversibleUNet(1, 2, widths=widths, blocks=(blocks,) * levels, expansion=expansion)
 
 
 def in_mode(net: ReversibleUNet, mode: Mode) -> ReversibleUNet:
@@ -88,7 +94,7 @@ def in_mode(net: ReversibleUNet, mode: Mode) -> ReversibleUNet:
 
 @dataclass(frozen=True)
 class Memory:
-    """Sides of the volumes from which a seed draws its reference setting, and that of the counted one."""
+    """Sides from which a seed draws its reference setting, and the side at which bytes are counted."""
 
     sides: tuple[int, ...] = (64, 96, 128)
     counted_side: int = 16
@@ -107,11 +113,8 @@ class Setting:
 
     def network(self, device: str = "meta") -> ReversibleUNet:
         """The network, by default without memory."""
-        widths = [self.width << level for level in range(self.levels)]
         with torch.device(device):
-            return ReversibleUNet(
-                1, 2, widths=widths, blocks=(self.blocks,) * self.levels, expansion=self.expansion
-            )
+            return network(self.width, self.levels, self.blocks, self.expansion)
 
     def bytes(self, mode: Mode) -> int:
         """Peak of activations and the state of training all parameters."""
@@ -149,36 +152,30 @@ def run_memory(cfg: Memory, arm: str, hp: Hyperparameters, seed: int, log: Log) 
     del hp
     mode: Any = arm
     ref = setting(cfg, seed)
-    budget, step = ref.bytes("plain"), 2 ** (ref.levels - 1)
+    budget, step = ref.bytes("plain"), 1 << (ref.levels - 1)
     side = step * largest(lambda k: replace(ref, side=k * step).bytes(mode) <= budget, ref.side // step)
     width = 2 * largest(lambda k: replace(ref, width=2 * k).bytes(mode) <= budget, ref.width // 2)
-    one, two = (
-        replace(ref, blocks=blocks).bytes(mode) for blocks in (1, 2)
-    )  # bytes are linear in the blocks
-    blocks = 1 + (budget - one) // (two - one)
+    one, two = (replace(ref, blocks=blocks).bytes(mode) for blocks in (1, 2))
+    blocks = 1 + (budget - one) // (two - one)  # bytes are linear in the blocks
     small = replace(ref, side=cfg.counted_side, batch=1)
-    net, x = in_mode(small.network("cpu"), mode), torch.zeros(1, 1, *(small.side,) * 3)
-    wanted = analytic_bytes(small.network(), tuple(x.shape), mode)
+    formula, counted = kept(small, mode)
     if seed == TEST_SEEDS[0]:
-        _depths(small, mode, log)
+        drawn = replace(small, expansion=2, width=8, levels=3)
+        rows = [(depth, *kept(replace(drawn, blocks=depth), mode)) for depth in (1, 2, 4, 8)]
+        log.array("depths", np.array(rows, dtype=np.float64))
     return {
         "volume_ratio": (side / ref.side) ** 3,
         "depth_ratio": blocks / ref.blocks,
         "width_ratio": width / ref.width,
-        "count_error": abs(saved_bytes(lambda: net(x), net, x) / wanted - 1.0),
+        "count_error": abs(counted / formula - 1.0),
     }
 
 
-def _depths(small: Setting, mode: Mode, log: Log) -> None:
-    """Bytes against blocks, by formula and as counted."""
-    rows = []
-    for blocks in (1, 2, 4, 8):
-        each = replace(small, blocks=blocks, expansion=2, width=8, levels=3)
-        x = torch.zeros(1, 1, *(small.side,) * 3)
-        net = in_mode(each.network("cpu"), mode)
-        formula = analytic_bytes(each.network(), tuple(x.shape), mode)
-        rows.append((blocks, formula, saved_bytes(lambda net=net, x=x: net(x), net, x)))
-    log.array("depths", np.array(rows, dtype=np.float64))
+def kept(each: Setting, mode: Mode) -> tuple[int, int]:
+    """Bytes kept after a forward pass, by formula and as counted."""
+    x = torch.zeros(each.batch, 1, *(each.side,) * 3)
+    net = in_mode(each.network("cpu"), mode)
+    return analytic_bytes(each.network(), tuple(x.shape), mode), saved_bytes(lambda: net(x), net, x)
 
 
 # --- training -----------------------------------------------------------------------------------------------
@@ -189,7 +186,8 @@ class Config:
     """One size of one training experiment.
 
     Args:
-        widths: channels of the levels of the reference network.
+        width: channels of the first level of the reference network.
+        levels: number of levels.
         blocks: blocks of every stage.
         side: side of the training cubes.
         batch: cubes of a step.
@@ -198,52 +196,29 @@ class Config:
         timed: steps that are timed.
     """
 
-    widths: tuple[int, ...] = (8, 16, 32)
+    width: int = 8
+    levels: int = 3
     blocks: int = 1
     side: int = 16
     batch: int = 2
-    steps: int = 100
+    steps: int = 150
     gap_steps: int = 20
     timed: int = 8
 
-    def network(self, seed: int, mode: Mode) -> ReversibleUNet:
-        """The network of a seed, the same weights in every mode."""
-        torch.manual_seed(stream_seed("rev-mbconv-unet", seed))
-        net = ReversibleUNet(1, 2, widths=self.widths, blocks=(self.blocks,) * len(self.widths), expansion=2)
-        return in_mode(net, mode)
-
 
 def begun(cfg: Config, mode: Mode, lr: float, seed: int, parts: int = 1) -> Segmentation:
-    """A network of the seed in some mode and its training, not yet begun."""
+    """A network of the seed, of the same weights in every mode, and its training, not yet begun."""
+    torch.manual_seed(stream_seed("rev-mbconv-unet", seed))
+    net = in_mode(network(cfg.width, cfg.levels, cfg.blocks), mode)
     return Segmentation(
-        cfg.network(seed, mode),
-        soft_dice,
-        lr=lr,
-        steps=cfg.steps,
-        side=cfg.side,
-        batch=cfg.batch,
-        seed=seed,
-        parts=parts,
+        net, soft_dice, lr=lr, steps=cfg.steps, side=cfg.side, batch=cfg.batch, seed=seed, parts=parts
     )
-
-
-def scores(run: Segmentation) -> dict[str, float]:
-    """Overlap in the test block, and in the one by which learning rates are chosen."""
-    grey, white = run.mean_score(brain_tissue().test, dice_score).tolist()
-    chosen_by = run.mean_score(brain_tissue().validation, dice_score).mean()
-    return {
-        "dice": (grey + white) / 2,
-        "grey_dice": grey,
-        "white_dice": white,
-        "validation_dice": float(chosen_by),
-    }
 
 
 def keep_slices(run: Segmentation, seed: int, log: Log) -> None:
     """What the page shows of the first seed."""
-    if seed == TEST_SEEDS[0]:
-        for name, array in run.slices().items():
-            log.array(name, array)
+    for name, array in run.slices().items() if seed == TEST_SEEDS[0] else ():
+        log.array(name, array)
 
 
 def run_paired(cfg: Config, arm: str, hp: Hyperparameters, seed: int, log: Log) -> Mapping[str, float]:
@@ -254,9 +229,11 @@ def run_paired(cfg: Config, arm: str, hp: Hyperparameters, seed: int, log: Log) 
     for step in range(cfg.steps):
         log.value("loss", run.step(step), step)
     keep_slices(run, seed, log)
-    twins = [begun(cfg, each, lr, seed) for each in (mode, "plain")]
-    gap = max(abs(twins[0].step(step) - twins[1].step(step)) for step in range(cfg.gap_steps))
-    return {**scores(run), "loss_gap": gap, "step_cost": 1.0 if arm == "plain" else _cost(*twins, cfg.timed)}
+    if arm == "plain":
+        return {**run.overlaps(dice_score), "loss_gap": 0.0, "step_cost": 1.0}
+    twin, plain = (begun(cfg, each, lr, seed) for each in (mode, "plain"))
+    gap = max(abs(twin.step(step) - plain.step(step)) for step in range(cfg.gap_steps))
+    return {**run.overlaps(dice_score), "loss_gap": gap, "step_cost": _cost(twin, plain, cfg.timed)}
 
 
 def _cost(method: Segmentation, plain: Segmentation, steps: int) -> float:
@@ -275,40 +252,43 @@ def _cost(method: Segmentation, plain: Segmentation, steps: int) -> float:
 # --- networks of one budget ---------------------------------------------------------------------------------
 
 PARTS = {"micro": 2}  # arms that take the batch in parts
-MODES: dict[str, Mode] = {
-    "plain": "plain",
-    "micro": "plain",
-    "checkpoint": "checkpoint",
-    "reversible": "reversible",
-}
+
+
+def mode_of(arm: str) -> Mode:
+    """What an arm's network keeps."""
+    return "reversible" if arm == "reversible" else "checkpoint" if arm == CHECKPOINT else "plain"
 
 
 def grown(cfg: Config, arm: str) -> Config:
     """The widest network of an arm whose peak fits into that of the plain reference network."""
 
     def needed(width: int, mode: Mode, parts: int) -> int:
-        widths = [width << level for level in range(len(cfg.widths))]
         with torch.device("meta"):
-            net = ReversibleUNet(1, 2, widths=widths, blocks=(cfg.blocks,) * len(widths), expansion=2)
+            net = network(width, cfg.levels, cfg.blocks)
         return peak_bytes(net, (cfg.batch // parts, 1, *(cfg.side,) * 3), mode)
 
-    budget = needed(cfg.widths[0], "plain", 1)
-    parts = PARTS.get(arm, 1)
-    width = 2 * largest(lambda half: needed(2 * half, MODES[arm], parts) <= budget, cfg.widths[0] // 2)
-    return replace(cfg, widths=tuple(width << level for level in range(len(cfg.widths))))
+    budget, mode, parts = needed(cfg.width, "plain", 1), mode_of(arm), PARTS.get(arm, 1)
+    return replace(
+        cfg, width=2 * largest(lambda half: needed(2 * half, mode, parts) <= budget, cfg.width // 2)
+    )
 
 
 def run_budget(cfg: Config, arm: str, hp: Hyperparameters, seed: int, log: Log) -> Mapping[str, float]:
     """Train the network that an arm can afford."""
     mine = grown(cfg, arm)
-    run = begun(mine, MODES[arm], float(hp["lr"]), seed, PARTS.get(arm, 1))
+    run = begun(mine, mode_of(arm), float(hp["lr"]), seed, PARTS.get(arm, 1))
     start = time.process_time()
     for step in range(cfg.steps):
-        log.value("loss", run.step(step), step)
+        run.step(step)
     seconds = time.process_time() - start
     keep_slices(run, seed, log)
     parameters = float(sum(p.numel() for p in run.net.parameters()))
-    return {**scores(run), "width": float(mine.widths[0]), "parameters": parameters, "seconds": seconds}
+    return {
+        **run.overlaps(dice_score),
+        "width": float(mine.width),
+        "parameters": parameters,
+        "seconds": seconds,
+    }
 
 
 # --- declarations -------------------------------------------------------------------------------------------
@@ -328,7 +308,6 @@ def _draw(what: str, *arguments: Any) -> Callable[[TrialResult], Figure]:
 VOLUME = Metric("volume_ratio", unit="times")
 DEPTH = Metric("depth_ratio", unit="times")
 WIDTH = Metric("width_ratio", unit="times")
-ERROR = Metric("count_error", better="lower", worst=1.0)
 DICE = Metric("dice", unit="fraction")
 SELECT = Metric("validation_dice", unit="fraction")
 GAP = Metric("loss_gap", better="lower", worst=1.0)
@@ -339,21 +318,24 @@ DATA = (
     "blocks with gaps of 10 mm. Training cubes have 16 voxels a side, batches 2 of them; every image gets its own "
     "intensity scale, bias field and noise. "
 )
-CANNOT = "BraTS Dice, volumes of 240 x 240 x 155 in training, several MRI channels, memory of an accelerator."
-PREDICTED = (
-    "Coronal slices of the test block, first seed: grey and white matter, true and predicted, painted."
+SLICES = Drawing(
+    "slices", _draw("predictions", ("plain", "reversible")), "Test block, first seed: grey and white matter."
 )
-CHECKPOINT = "checkpoint"
+SHARED: dict[str, Any] = {
+    "room": "rev_mbconv_unet",
+    "seeds": Seeds(TEST_SEEDS, tune=(100,)),
+    "timeout": 200.0,
+    "cannot_test": "BraTS Dice, volumes of 240 x 240 x 155, several MRI channels, memory of an accelerator.",
+}
 
 MEMORY = Study(
-    room="rev_mbconv_unet",
+    **SHARED,
     name="memory",
     title="Volume, depth and width in the memory of the plain network",
     run=run_memory,
     arms=Arms("plain", "reversible", rivals=(CHECKPOINT,)),
     sizes={"smoke": Memory(sides=(32,), counted_side=8), "full": Memory()},
     primary=VOLUME,
-    seeds=Seeds(TEST_SEEDS, tune=(100,)),
     claim=Greater("reversible", than="plain", by=2.0),
     also=(
         Greater("reversible", than="plain", by=0.25, metric=DEPTH),
@@ -361,67 +343,52 @@ MEMORY = Study(
         Greater("reversible", than=CHECKPOINT, metric=DEPTH),
         Greater("reversible", than=CHECKPOINT, metric=WIDTH),
     ),
-    timeout=120.0,
     figures=(
-        Drawing(
-            "depths",
-            _draw("bytes_by_depth"),
-            "Bytes kept after a forward pass; three levels, first width 8, e = 2.",
-        ),
+        Drawing("depths", _draw("bytes_by_depth"), "Bytes kept: three levels, first width 8, e = 2."),
         PairedSeeds(caption="Largest volume in the memory of the plain network, for every drawn setting."),
     ),
     paper=PaperResult(
         "abstract", "volume at a fixed memory", 1.0, 3.0, note="25 % more depth; up to 2x channels"
     ),
     refuted_if="the 95 % interval of (reversible - plain) of the volume ratio lies below 2, that is 3 times the volume",
-    cannot_test=CANNOT,
     deviations="A seed draws the setting (side, batch, width, blocks, e, levels). Counted is what lives at the peak: "
     "kept activations, the states and gradients of the block that goes back, and 16 bytes per parameter (weight, "
     "gradient, two moments); workspaces of a device's libraries are not. Depth grows on all levels.",
 )
 PAIRED = Study(
-    room="rev_mbconv_unet",
+    **SHARED,
     name="paired",
     title="The same network trained with and without reversal",
     run=run_paired,
     arms=Arms("plain", "reversible", rivals=(CHECKPOINT,)),
-    sizes={"smoke": Config(steps=2, gap_steps=1, timed=1, widths=(4, 8)), "full": Config()},
+    sizes={"smoke": Config(steps=2, gap_steps=1, timed=1, width=4, levels=2), "full": Config()},
     primary=DICE,
-    hp={"*": {"lr": 1e-2}},
-    seeds=Seeds(TEST_SEEDS, tune=(100,)),
+    hp={"*": {"lr": 4e-3}},
     claim=Equivalent("reversible", than="plain", within=0.005),
     also=(
         Equivalent("reversible", than="plain", within=1e-3, metric=GAP),
         Equivalent("reversible", than="plain", within=0.8, metric=COST),
     ),
-    timeout=200.0,
-    figures=(
-        Drawing("slices", _draw("predictions", ("plain", "reversible")), PREDICTED),
-        PairedSeeds(),
-    ),
+    figures=(SLICES, PairedSeeds(), Curves("loss")),
     paper=PaperResult("abstract", "no loss of accuracy is implied; no Dice was available"),
     refuted_if="the difference in Dice leaves 0.005, losses part by 1e-3 in 20 steps, or a step costs over 1.8 times",
-    cannot_test=CANNOT,
     deviations=DATA
     + "One learning rate for all arms, which are one network; nothing is tuned. The cost of a step is "
     "processor time of this machine and differs from run to run.",
 )
 BUDGET = Study(
-    room="rev_mbconv_unet",
+    **SHARED,
     name="budget",
     title="What the freed memory is good for: the widest network of a fixed memory",
     run=run_budget,
     arms=Arms("plain", "reversible", rivals=(CHECKPOINT, "micro")),
-    sizes={"smoke": Config(steps=1, widths=(2, 4)), "full": Config()},
+    sizes={"smoke": Config(steps=1, width=2, levels=2), "full": Config()},
     primary=DICE,
-    hp={"*": {"lr": 1e-2}},
-    tune=Tune(trials=5, select=SELECT, shared={"lr": LogUniform(1e-3, 1e-1)}),
-    seeds=Seeds(TEST_SEEDS, tune=(100,)),
-    timeout=200.0,
-    figures=(Drawing("slices", _draw("predictions", ("plain", "reversible")), PREDICTED), PairedSeeds()),
+    hp={"*": {"lr": 4e-3}},
+    tune=Tune(trials=6, select=SELECT, shared={"lr": LogUniform(3e-4, 3e-2)}),
+    figures=(SLICES, PairedSeeds()),
     paper=PaperResult("abstract", "up to twice the channels in the same memory; no Dice was available"),
     refuted_if="the 95 % interval of (reversible - plain) includes 0 or lies below it",
-    cannot_test=CANNOT,
     deviations=DATA
     + "Equal steps, not equal time: wider networks cost more. Peaks are those of the formula.",
 )

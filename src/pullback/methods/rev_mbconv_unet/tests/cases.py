@@ -30,7 +30,7 @@ def _stage(**settings: Any) -> ReversibleStage:
 
 
 def _network(**settings: Any) -> ReversibleUNet:
-    return ReversibleUNet(1, 2, **{"spatial_dims": 2, "widths": (2, 4), "blocks": (1, 1), **settings})
+    return _unet(1, 2, **{"spatial_dims": 2, "widths": (2, 4), "blocks": (1, 1), **settings})
 
 
 _REBUILT = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,8 @@ from pullback.methods.rev_mbconv_unet.tests.test_mbconv import random
 
 def network(**settings):
     torch.manual_seed(0)
-    return ReversibleUNet(1, 2, **{"spatial_dims": 2, "widths": (4, 8), "blocks": (2, 1), **settings})
+    chosen: Any = {"spatial_dims": 2, "widths": (4, 8), "blocks": (2, 1), **settings}
+    return ReversibleUNet(1, 2, **chosen)
 
 
 def batch(step, n=2, side=8):

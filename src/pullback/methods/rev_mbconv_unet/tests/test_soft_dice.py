@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from monai.losses import DiceLoss
@@ -52,7 +54,9 @@ def test_perfect_disjoint_and_empty():
 
 def test_score_equals_monai():
     scores, target = example()
-    wanted = DiceMetric(include_background=True, ignore_empty=False)((scores > 0).float(), target.float())
+    wanted: Any = DiceMetric(include_background=True, ignore_empty=False)(
+        (scores > 0).float(), target.float()
+    )
     torch.testing.assert_close(dice_score(scores > 0, target), wanted.double(), rtol=1e-6, atol=1e-6)
 
 
@@ -70,7 +74,7 @@ def test_what_makes_no_sense_is_refused():
     with pytest.raises(
         ValueError, match="activation must be one of 'sigmoid', 'softmax', 'none', got 'tanh'"
     ):
-        soft_dice(scores, target, activation="tanh")
+        soft_dice(scores, target, activation="tanh")  # ty: ignore[invalid-argument-type]
     with pytest.raises(ValueError, match=r"smooth must be >= 0, got -1"):
         soft_dice(scores, target, smooth=-1.0)
     with pytest.raises(TypeError, match="scores must be a floating tensor, got"):

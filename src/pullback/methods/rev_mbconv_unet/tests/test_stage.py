@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import revtorch
@@ -156,7 +158,7 @@ def test_equals_revtorch():
     wanted = peer(leaf)
     (wanted * torch.cos(torch.arange(out.numel()).float()).view_as(out)).sum().backward()
     assert torch.equal(out, wanted)
-    others = [leaf.grad, *(p.grad for p in stage.parameters())]
+    others: Any = [leaf.grad, *(p.grad for p in stage.parameters())]
     for grad, other in zip(grads, others, strict=True):
         torch.testing.assert_close(grad, other, rtol=1e-5, atol=1e-6 * float(other.abs().max()) + 1e-7)
 
@@ -308,7 +310,9 @@ def test_other_states_are_refused(x, error, message):
 def test_other_blocks_are_refused():
     with pytest.raises(ValueError, match=r"blocks must hold at least one pair \(F, G\), got none"):
         ReversibleStage([])
+    functions: Any = [(torch.sin, torch.cos)]
     with pytest.raises(TypeError, match=r"blocks\[0\] must be a pair \(F, G\) of modules, got"):
-        ReversibleStage([(torch.sin, torch.cos)])
+        ReversibleStage(functions)
+    mixed: Any = [*bottlenecks(1), MBConv(2)]
     with pytest.raises(TypeError, match=r"blocks\[1\] must be a pair"):
-        ReversibleStage([*bottlenecks(1), MBConv(2)])
+        ReversibleStage(mixed)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,7 +22,7 @@ SHAPES = {2: (2, 1, 12, 8), 3: (1, 1, 8, 4, 12)}
 
 
 def network(dims=2, **settings):
-    chosen = {"widths": (4, 8, 12), "blocks": (1, 2, 1), "spatial_dims": dims, **settings}
+    chosen: Any = {"widths": (4, 8, 12), "blocks": (1, 2, 1), "spatial_dims": dims, **settings}
     torch.manual_seed(0)
     return ReversibleUNet(1, 2, **chosen)
 
