@@ -166,6 +166,28 @@ def test_frozen_parts_get_nothing_and_cost_nothing():
     assert [each.requires_grad for each in ours] == [each.requires_grad for each in plain(late)(frozen)]
 
 
+def test_gradients_that_nobody_needs_are_not_computed():
+    asked = []
+
+    class Noted(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, y):
+            return x * y
+
+        @staticmethod
+        def backward(ctx, grad):
+            asked.append(ctx.needs_input_grad)
+            return grad, grad
+
+    last = nn.Linear(3, 3).double()
+    fn = nn.Sequential(last)
+    fn.forward = lambda *given: Noted.apply(last(given[0]), given[1])
+    seq = ReversibleSequence([CouplingStep(0, [1], fn, context=[0])])
+    seq((draw(2, 3), draw(2, 3)), [draw(2, 3)])[0].sum().backward()
+    seq((draw(2, 3), draw(2, 3)), [draw(2, 3).requires_grad_()])[0].sum().backward()
+    assert asked == [(True, False), (True, True)]
+
+
 def test_untouched_slots_pass_through():
     seq = ReversibleSequence([CouplingStep(0, [1], nn.Linear(3, 3).double())])
     state = (draw(2, 3).requires_grad_(), draw(2, 3, seed=1).requires_grad_(), draw(4))

@@ -69,7 +69,7 @@ CASES: tuple[Case, ...] = (
         memory=0.2,
         bad=(
             lambda: ReversibleSequence([]),
-            lambda: ReversibleSequence(_sequence().steps, anchor_every=-1),
+            lambda: ReversibleSequence(list(_sequence().steps), anchor_every=-1),  # ty: ignore[invalid-argument-type],
         ),
     ),
 )

@@ -36,7 +36,7 @@ def train(model, optimizer, scheduler, steps, *, wrapped=None, part=slice(None))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         scheduler.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     return losses
 
 
@@ -81,12 +81,9 @@ def test_autocast_keeps_features_in_float32_and_gives_the_plain_gradients():
     kinds, ours = found(model)
     assert kinds == {torch.float32}
     _, theirs = found(copy.deepcopy(model).set_reversible(False))
-    cosines = [
-        torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0)
-        for a, b in zip(ours, theirs, strict=True)
-        if float(b.norm()) > 0
-    ]
-    assert min(float(each) for each in cosines) > 0.99
+    assert relative(ours, theirs) < 0.1
+    one, other = (torch.cat([each.flatten() for each in grads]) for grads in (ours, theirs))
+    assert float(torch.nn.functional.cosine_similarity(one, other, dim=0)) > 0.999
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
