@@ -34,7 +34,10 @@ from pullback.methods.pinn_annealing import GradientAnnealing as GradientAnneali
 from pullback.methods.pinn_annealing import GradientHistograms as GradientHistograms
 from pullback.methods.pinn_annealing import ModifiedMLP as ModifiedMLP
 from pullback.methods.pinn_annealing import weight_matrices as weight_matrices
-from pullback.methods.revcol import Revcol as Revcol
+from pullback.methods.revcol import CouplingStep as CouplingStep
+from pullback.methods.revcol import RevCol as RevCol
+from pullback.methods.revcol import ReversibleSequence as ReversibleSequence
+from pullback.methods.revcol import memory_report as memory_report
 from pullback.methods.sam_gs import SAMGS as SAMGS
 from pullback.methods.sam_gs import multitask_backward as multitask_backward
 from pullback.methods.tract import TrAct as TrAct
@@ -51,6 +54,7 @@ __all__ = [
     "ClipGradNorm",
     "ConflictMonitor",
     "ConflictResolver",
+    "CouplingStep",
     "DomainAdversarialLoss",
     "GradientAnnealing",
     "GradientConductor",
@@ -63,7 +67,8 @@ __all__ = [
     "NonFiniteError",
     "PassRateTracker",
     "Project",
-    "Revcol",
+    "RevCol",
+    "ReversibleSequence",
     "RuleFlip",
     "ShallowDANN",
     "TaskAccumulator",
@@ -77,6 +82,7 @@ __all__ = [
     "gradient_snr",
     "insert_norms",
     "lmo_groups",
+    "memory_report",
     "multitask_backward",
     "precondition_input",
     "proxy_a_distance",
