@@ -166,6 +166,28 @@ def test_frozen_parts_get_nothing_and_cost_nothing():
     assert [each.requires_grad for each in ours] == [each.requires_grad for each in plain(late)(frozen)]
 
 
+def test_gradients_that_nobody_needs_are_not_computed():
+    asked = []
+
+    class Noted(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, y):
+            return x * y
+
+        @staticmethod
+        def backward(ctx, grad):
+            asked.append(ctx.needs_input_grad)
+            return grad, grad
+
+    last = nn.Linear(3, 3).double()
+    fn = nn.Sequential(last)
+    fn.forward = lambda *given: Noted.apply(last(given[0]), given[1])
+    seq = ReversibleSequence([CouplingStep(0, [1], fn, context=[0])])
+    seq((draw(2, 3), draw(2, 3)), [draw(2, 3)])[0].sum().backward()
+    seq((draw(2, 3), draw(2, 3)), [draw(2, 3).requires_grad_()])[0].sum().backward()
+    assert asked == [(True, False), (True, True)]
+
+
 def test_untouched_slots_pass_through():
     seq = ReversibleSequence([CouplingStep(0, [1], nn.Linear(3, 3).double())])
     state = (draw(2, 3).requires_grad_(), draw(2, 3, seed=1).requires_grad_(), draw(4))
@@ -212,6 +234,12 @@ def test_a_second_derivative_is_refused_and_has_a_way_out():
         RuntimeError, match=r"differentiated once, got a second derivative.*set_reversible\(net, False\)"
     ):
         sum(each.square().sum() for each in grads).backward()
+    first, weight = seq.steps[0].fn[0].weight, seq.steps[1].fn[0].weight
+    outer = torch.ones_like(state[0], requires_grad=True)
+    (grad,) = torch.autograd.grad(seq(state)[1], first, outer, create_graph=True)
+    for wanted in (*state, weight, outer):
+        with pytest.raises(RuntimeError, match="got a second derivative"):
+            torch.autograd.grad(grad.sum(), wanted, allow_unused=True, retain_graph=True)
     assert set_reversible(seq, False) == 1
     grads = torch.autograd.grad(total(seq(state)), state, create_graph=True)
     sum(each.square().sum() for each in grads).backward()
@@ -240,7 +268,14 @@ def test_compiled_functions_inside_and_a_compiled_model_around():
     state = (draw(5, 3).requires_grad_(), draw(5, 3, seed=1).requires_grad_())
     wanted = trained(seq, state)
     around = torch.compile(lambda a, b: total(seq((a * 1, b))), backend="aot_eager")
-    grads = torch.autograd.grad(around(*state), [*state, *seq.parameters()])
+    loss, nodes, names = around(*state), [], []
+    nodes.append(loss.grad_fn)
+    while nodes:
+        node = nodes.pop()
+        names.append(type(node).__name__)
+        nodes += [each for each, _ in node.next_functions if each is not None]
+    assert any("Reversible" in name for name in names)
+    grads = torch.autograd.grad(loss, [*state, *seq.parameters()])
     assert relative(grads, wanted[1]) < 1e-12
     for step in seq.steps:
         step.fn = torch.compile(step.fn, backend="aot_eager")

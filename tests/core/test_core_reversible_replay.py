@@ -63,6 +63,15 @@ def test_a_weight_keeps_its_gradient_when_forward_and_backward_share_an_autocast
     assert all(float(each.abs().max()) > 0 for each in ours if each.dim() == 4)
 
 
+def test_a_weight_that_is_used_again_in_the_same_region_keeps_its_gradient():
+    seq, state = chain(1).float(), pair(dtype=torch.float32)
+    fn = seq.steps[0].fn
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        seq(state)
+        loss = fn(state[0]).square().sum()
+    assert all(float(p.abs().max()) > 0 for p in torch.autograd.grad(loss, list(fn.parameters())))
+
+
 def test_backward_inside_autocast_does_not_lower_a_forward_outside():
     seq, state = chain(2).float(), pair(dtype=torch.float32)
     params = list(seq.parameters())

@@ -142,7 +142,7 @@ class _Unused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        return grads[0], torch.zeros_like(ctx.saved_tensors[0])
+        return grads[0], 0.0 * ctx.saved_tensors[0]
 
 
 def unused(value: Tensor, other: Any) -> Tensor:
@@ -154,6 +154,7 @@ def unused(value: Tensor, other: Any) -> Tensor:
     return _Unused.apply(value, other) if isinstance(other, Tensor) and other.requires_grad else value
 
 
+@torch._disable_dynamo
 @torch.no_grad()
 def away_from_zero_(scales: Tensor | Sequence[Tensor], minimum: float = 1e-3) -> None:
     """Raise every ``|scale|`` to at least ``minimum`` in place, keeping signs; an exact zero becomes ``+minimum``.
@@ -184,4 +185,4 @@ def _factor(scale: float) -> float:
 
 
 def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+    return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version

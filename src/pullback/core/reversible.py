@@ -258,4 +258,5 @@ def set_reversible(module: nn.Module, reversible: bool = True) -> int:
 
 
 def _transformed() -> bool:
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    # A compiler finds an interpreter of its own while it traces; the graph that it breaks runs without one.
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None

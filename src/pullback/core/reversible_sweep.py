@@ -319,16 +319,16 @@ class _Reversible(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        twice = torch.is_grad_enabled()
+        saved = ctx.saved_tensors
         with torch.no_grad():
-            found = _Sweep(ctx.run, dict(zip(ctx.run.keys, ctx.saved_tensors, strict=True)), grads).run_all()
-        return None, *(_refusing(found) if twice else found)
+            found = _Sweep(ctx.run, dict(zip(ctx.run.keys, saved, strict=True)), grads).run_all()
+        return None, *(_refusing(found, (*saved, *grads)) if torch.is_grad_enabled() else found)
 
 
 class _Refusal(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:  # noqa: ARG004
-        return tuple(each.view_as(each) for each in grads)
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:  # noqa: ARG004
+        return tuple(each.view_as(each) for each in tensors[:count])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:  # noqa: ARG004
@@ -338,9 +338,14 @@ class _Refusal(torch.autograd.Function):
         )
 
 
-def _refusing(found: list[Tensor | None]) -> list[Tensor | None]:
-    """The gradients, for ``create_graph=True``: an error to whoever differentiates them, instead of a wrong number."""
-    rest = iter(_Refusal.apply(*(each.detach().requires_grad_() for each in found if each is not None)))
+def _refusing(found: list[Tensor | None], sources: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The gradients, for ``create_graph=True``: an error to whoever differentiates them, instead of a wrong number.
+
+    They hang on everything that they were computed from (the outputs among ``sources`` lead to the input state):
+    autograd passes by a node from which no way leads to what it was asked for, and gives zero without a word.
+    """
+    given = [each for each in found if each is not None]
+    rest = iter(_Refusal.apply(len(given), *given, *(each for each in sources if each is not None)))
     return [None if each is None else next(rest) for each in found]
 
 

@@ -97,6 +97,7 @@ class RevCol(Layer):
     """
 
     refuses: ClassVar[Mapping[str, str]] = {
+        "compiles": "rebuilding stands outside compiled graphs; compile the levels, or the whole with breaks",
         "gradgradcheck": "the backward pass of rebuilt columns is not recorded",
     }
 
@@ -259,7 +260,10 @@ class RevCol(Layer):
             raise ValueError(
                 f"images must have sides that {stride} divides, got {tuple(images.shape[2:])}. Pad or resize them."
             )
-        away_from_zero_([step.scale for step in self.columns.steps])  # ty: ignore[invalid-argument-type]
+        if (
+            self.recompute == "reversible" or not torch.compiler.is_compiling()
+        ):  # there it would split the graph
+            away_from_zero_([step.scale for step in self.columns.steps])  # ty: ignore[invalid-argument-type]
         return self.stem(images)
 
     def _run(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:

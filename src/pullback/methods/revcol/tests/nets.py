@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -32,6 +33,23 @@ def net(columns: int = 4, *, factor: float | None = None, seed: int = 0, **how: 
             else:
                 p.copy_(0.2 * drawn)
     return made
+
+
+def begun(columns: int, factor: float = 0.5, **how: Any) -> Any:
+    """In float64 with the authors' initial weights, but layer scales that let the blocks take part."""
+    torch.manual_seed(0)
+    made = RevCol(columns, (8, 16, 32, 64), BLOCKS, 5, layer_scale=0.5, **how).double()
+    with torch.no_grad():
+        for step in made.columns.steps:
+            step.scale.fill_(factor)  # ty: ignore[call-non-callable]
+    return made
+
+
+def off(model: Any, x: torch.Tensor) -> float:
+    """Relative error of the gradients in float32 against plain automatic differentiation in float64."""
+    exact = gradients(copy.deepcopy(model).set_reversible(False), x)[1]
+    ours = gradients(copy.deepcopy(model).float(), x.float())[1]
+    return relative([each.double() for each in ours], exact)
 
 
 def images(n: int = 2, side: int = 32, dtype: torch.dtype = torch.float64) -> torch.Tensor:

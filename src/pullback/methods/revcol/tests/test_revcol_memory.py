@@ -79,7 +79,9 @@ def test_the_report_counts_and_leaves_no_trace():
     assert all(p.grad is None for p in model.parameters())
     assert (report.columns, report.pyramid) == (8, pyramid())
     assert report.plain > 3 * report.checkpoint
-    states = report.reversible - 32 * before.nbytes  # a checkpoint keeps its own where nobody counts
+    states = (
+        report.reversible - 24 * before.nbytes
+    )  # level 0 drops nothing; a checkpoint keeps its own where nobody counts
     assert 0 < states < report.checkpoint
     assert report.reversible == saved_bytes(lambda: model(x), model, x)
     assert "8 columns" in str(report)
