@@ -42,6 +42,14 @@ from pullback.methods.pinn_annealing import GradientAnnealing as GradientAnneali
 from pullback.methods.pinn_annealing import GradientHistograms as GradientHistograms
 from pullback.methods.pinn_annealing import ModifiedMLP as ModifiedMLP
 from pullback.methods.pinn_annealing import weight_matrices as weight_matrices
+from pullback.methods.rev_mbconv_unet import MBConv as MBConv
+from pullback.methods.rev_mbconv_unet import ReversibleStage as ReversibleStage
+from pullback.methods.rev_mbconv_unet import ReversibleUNet as ReversibleUNet
+from pullback.methods.rev_mbconv_unet import soft_dice as soft_dice
+from pullback.methods.revcol import CouplingStep as CouplingStep
+from pullback.methods.revcol import RevCol as RevCol
+from pullback.methods.revcol import ReversibleSequence as ReversibleSequence
+from pullback.methods.revcol import memory_report as memory_report
 from pullback.methods.sam_gs import SAMGS as SAMGS
 from pullback.methods.sam_gs import multitask_backward as multitask_backward
 from pullback.methods.shallow import ResidualStack as ResidualStack
@@ -66,6 +74,7 @@ __all__ = [
     "ClipGradNorm",
     "ConflictMonitor",
     "ConflictResolver",
+    "CouplingStep",
     "DomainAdversarialLoss",
     "FeatureBank",
     "GradientAnnealing",
@@ -74,6 +83,7 @@ __all__ = [
     "GradientNoise",
     "GradientReversal",
     "LayerNoise",
+    "MBConv",
     "ModifiedMLP",
     "MomentumWriter",
     "NonFiniteError",
@@ -83,6 +93,10 @@ __all__ = [
     "Project",
     "ResidualStack",
     "ResidualStreamProbe",
+    "RevCol",
+    "ReversibleSequence",
+    "ReversibleStage",
+    "ReversibleUNet",
     "RuleFlip",
     "ShallowDANN",
     "TaskAccumulator",
@@ -101,12 +115,14 @@ __all__ = [
     "init_gain_",
     "insert_norms",
     "lmo_groups",
+    "memory_report",
     "multitask_backward",
     "precondition_input",
     "proxy_a_distance",
     "replace_linear",
     "schedules",
     "shallow_",
+    "soft_dice",
     "solution_stability",
     "swap_activations",
     "tract",

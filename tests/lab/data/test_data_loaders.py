@@ -2,6 +2,7 @@
 
 import hashlib
 from importlib import resources
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from pullback.lab.data import (
     DataError,
+    brain_tissue,
     digits8x8,
     fixed_permutation,
     mni152,
@@ -18,6 +20,13 @@ from pullback.lab.data import (
     sentiment,
     source,
     split,
+)
+from pullback.lab.data.volumes import (
+    TEST_BLOCK,
+    TRAIN_BLOCKS,
+    VALIDATION_BLOCK,
+    another_scanner,
+    coronal_slices,
 )
 
 
@@ -59,6 +68,34 @@ def test_digits8x8_and_photographs_and_brain():
     brain = mni152()
     assert brain.t1.shape == brain.grey.shape == brain.white.shape == (72, 91, 77)
     assert brain.voxel_mm == 2.0
+
+
+def test_the_template_is_its_own_mirror_image_and_blocks_of_one_half_are_apart():
+    brain = mni152()
+    assert torch.equal(brain.t1, brain.t1.flip(0))  # why left and right are no split
+    parts = brain_tissue()
+    blocks = sorted([*TRAIN_BLOCKS, VALIDATION_BLOCK, TEST_BLOCK])
+    assert all(after[0] - before[1] >= 5 for before, after in pairwise(blocks))
+    for part, (start, stop) in zip(parts.train, TRAIN_BLOCKS, strict=True):
+        assert part.image.shape == (1, 36, stop - start, 77)
+        assert torch.equal(part.masks[0], brain.grey[:36, start:stop] > 127)
+        assert torch.equal(part.masks[1], brain.white[:36, start:stop] > 127)
+    assert all(0.1 < float(mask.float().mean()) < 0.5 for mask in parts.test.masks)
+    seen = torch.cat([part.image.reshape(-1) for part in parts.train])
+    assert float(seen.mean()) == pytest.approx(0.0, abs=1e-3)
+    assert float(seen.std()) == pytest.approx(1.0, abs=1e-3)
+
+
+def test_scanners_differ_and_slices_stand_upright():
+    images = torch.ones(2, 1, 6, 6, 6)
+    clean = another_scanner(images, 0.0, torch.Generator().manual_seed(0))
+    assert float(clean.min()) > 0
+    assert float(clean[0].mean()) != pytest.approx(float(clean[1].mean()), rel=1e-3)
+    noisy = another_scanner(images, 0.5, torch.Generator().manual_seed(0))
+    assert float((noisy - clean).std()) == pytest.approx(0.5, rel=0.15)
+    volume = torch.arange(2 * 3 * 4).view(2, 3, 4)
+    (only,) = coronal_slices(volume, [1])
+    assert torch.equal(only, volume[:, 1].T.flip(0))
 
 
 def test_sentiment_domains_and_labels():
