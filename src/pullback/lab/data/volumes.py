@@ -59,7 +59,7 @@ class Tissue:
 
     Args:
         image: float32 [1, x, y, z], intensity with mean 0 and deviation 1 over the training blocks.
-        masks: bool [2, x, y, z], grey and white matter: probability above one half.
+        masks: bool [3, x, y, z]: neither, grey matter, white matter; a probability above one half decides.
     """
 
     image: Tensor
@@ -94,7 +94,8 @@ def brain_tissue() -> TissueParts:
     brain = mni152()
     half = brain.t1.shape[0] // 2
     image = brain.t1[:half].float()
-    masks = torch.stack([brain.grey[:half], brain.white[:half]]) > 127
+    tissue = torch.stack([brain.grey[:half], brain.white[:half]]) > 127
+    masks = torch.cat([~tissue.any(0, keepdim=True), tissue])
     seen = torch.cat([image[:, start:stop].reshape(-1) for start, stop in TRAIN_BLOCKS])
     image = ((image - seen.mean()) / seen.std()).unsqueeze(0)
 
@@ -121,8 +122,8 @@ def another_scanner(images: Tensor, noise: float, g: torch.Generator) -> Tensor:
         Tensor of the same shape.
     """
     n = len(images)
-    scale = torch.exp(0.2 * torch.randn(n, 1, 1, 1, 1, generator=g))
-    coarse = 0.3 * torch.randn(n, 1, 3, 3, 3, generator=g)
+    scale = torch.exp(0.1 * torch.randn(n, 1, 1, 1, 1, generator=g))
+    coarse = 0.1 * torch.randn(n, 1, 3, 3, 3, generator=g)
     bias = F.interpolate(coarse, size=images.shape[2:], mode="trilinear", align_corners=True).exp()
     return images * scale * bias + noise * torch.randn(images.shape, generator=g)
 
@@ -137,7 +138,7 @@ def cubes(count: int, side: int, noise: float, g: torch.Generator) -> tuple[Tens
         g: where places and corruptions come from.
 
     Returns:
-        Images float32 [count, 1, side, side, side] and masks bool [count, 2, side, side, side].
+        Images float32 [count, 1, side, side, side] and masks bool [count, 3, side, side, side].
     """
     blocks, images, masks = brain_tissue().train, [], []
     for _ in range(count):

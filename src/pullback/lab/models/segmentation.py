@@ -20,7 +20,7 @@ class Segmentation:
     """One network with Adam and half a cosine, on random cubes that are the same for all arms of a seed.
 
     Args:
-        net: the network, images [n, 1, x, y, z] to scores [n, 2, x, y, z] of grey and white matter.
+        net: the network, images [n, 1, x, y, z] to scores [n, 3, x, y, z] of neither, grey and white matter.
         loss: of scores and masks, a mean over examples.
         lr: first learning rate.
         steps: length of the schedule.
@@ -40,7 +40,7 @@ class Segmentation:
         steps: int,
         side: int = 16,
         batch: int = 2,
-        noise: float = 0.3,
+        noise: float = 0.15,
         seed: int = 0,
         parts: int = 1,
     ) -> None:
@@ -71,10 +71,12 @@ class Segmentation:
         return x, self.net(x)
 
     def mean_score(self, block: Tissue, score: Loss, scanners: int = 4) -> Tensor:
-        """Mean [classes] over scanners of ``score(masks predicted, masks)`` [1, classes]."""
-        found = [
-            score(self.predict(block, number)[1] > 0, block.masks[None])[0] for number in range(scanners)
-        ]
+        """Mean [2] over scanners of ``score(masks predicted, masks)`` [1, 2] for grey and white matter."""
+        found = []
+        for number in range(scanners):
+            labels = self.predict(block, number)[1].argmax(1, keepdim=True)
+            predicted = torch.cat([labels == 1, labels == 2], dim=1)
+            found.append(score(predicted, block.masks[None, 1:])[0])
         return torch.stack(found).mean(0)
 
     def overlaps(self, score: Loss) -> dict[str, float]:
@@ -96,7 +98,7 @@ class Segmentation:
         low, high = torch.quantile(x, torch.tensor([0.005, 0.995]))
         volumes = {
             "input": (255 * (x[0, 0] - low) / (high - low)).round().clamp(0, 255),
-            "truth": torch.where(test.masks.any(0), test.masks.float().argmax(0) + 1, 0),
-            "predicted": torch.where((scores[0] > 0).any(0), scores[0].argmax(0) + 1, 0),
+            "truth": test.masks.float().argmax(0),
+            "predicted": scores[0].argmax(0),
         }
         return {name: coronal_slices(each, rows).to(torch.uint8).numpy() for name, each in volumes.items()}
