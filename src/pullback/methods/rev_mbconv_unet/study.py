@@ -243,15 +243,13 @@ def run_paired(cfg: Config, arm: str, hp: Hyperparameters, seed: int, log: Log) 
 
 def _cost(method: Segmentation, plain: Segmentation, steps: int) -> float:
     """Median over steps, taken in turn, of the processor time of one over that of the other."""
-    ratios = []
-    for step in range(steps):
-        taken = []
-        for run in (method, plain):
-            start = time.process_time()
-            run.step(step)
-            taken.append(time.process_time() - start)
-        ratios.append(taken[0] / taken[1])
-    return float(np.median(ratios))
+
+    def seconds(run: Segmentation, step: int) -> float:
+        start = time.process_time()
+        run.step(step)
+        return time.process_time() - start
+
+    return float(np.median([seconds(method, step) / seconds(plain, step) for step in range(steps)]))
 
 
 # --- networks of one budget ---------------------------------------------------------------------------------

@@ -195,6 +195,16 @@ def test_gradients_under_autocast_are_those_of_the_plain_stage():
     assert float(error / torch.stack([b.float().norm() for b in others]).norm()) < 1e-2
 
 
+def test_a_half_precision_state_is_refused_where_it_would_be_rebuilt():
+    stage, x = ReversibleStage(bottlenecks(1)).bfloat16(), torch.ones(1, 4, 4, 4, dtype=torch.bfloat16)
+    with pytest.raises(TypeError, match=r"x must be float32 or float64 .* got torch.bfloat16. .*autocast"):
+        stage(x)
+    with torch.no_grad():
+        assert stage(x).dtype == torch.bfloat16
+    stage.reversible = False
+    assert stage(x).dtype == torch.bfloat16
+
+
 def test_an_edit_of_the_output_is_noticed():
     stage = ReversibleStage(bottlenecks(1))
     first, second = stage((random(1, 2, 4, 4, dtype=torch.float32), torch.ones(1, 2, 4, 4)))

@@ -56,7 +56,7 @@ def test_arms_begin_alike_and_stay_together():
 
 def test_other_seeds_are_other_networks_and_settings():
     one, other = (begun(SMALL, "plain", 1e-3, seed) for seed in (100, 101))
-    assert not torch.equal(one.net.first.weight, other.net.first.weight)
+    assert not torch.equal(next(one.net.parameters()), next(other.net.parameters()))
     settings = [study.setting(study.Memory(), seed) for seed in study.TEST_SEEDS]
     assert len(set(settings)) > 4
 
