@@ -10,13 +10,9 @@ from pullback.lab.data.order import fixed_permutation, split
 from pullback.lab.data.photographs import photographs
 from pullback.lab.data.source import DataError
 from pullback.lab.data.text import Sentiment, sentiment
-<<<<<<< HEAD
 from pullback.lab.data.topics import Topics, python_topics
-from pullback.lab.data.volumes import Brain, mni152
-from pullback.lab.data.words import Words, python_words
-=======
 from pullback.lab.data.volumes import Brain, Tissue, TissueParts, brain_tissue, mni152
->>>>>>> 71989fb93ad66607fb41de103dcd228d9d60eff3
+from pullback.lab.data.words import Words, python_words
 
 __all__ = [
     "Brain",
@@ -24,14 +20,11 @@ __all__ = [
     "DatasetCard",
     "Digits",
     "Sentiment",
-<<<<<<< HEAD
-    "Topics",
-    "Words",
-=======
     "Tissue",
     "TissueParts",
+    "Topics",
+    "Words",
     "brain_tissue",
->>>>>>> 71989fb93ad66607fb41de103dcd228d9d60eff3
     "digits8x8",
     "fixed_permutation",
     "mni152",
