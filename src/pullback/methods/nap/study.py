@@ -46,7 +46,10 @@ if TYPE_CHECKING:
 
 BATCH = 50
 LAST = 20  # steps of a task over which its accuracy is taken
-RATES = {"sgd": (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0), "adam": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3)}
+RATES = {
+    "sgd": (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0),
+    "adam": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0),
+}
 POWER = {"sgd": 2, "adam": 1}  # of the norm in the effective learning rate
 NORMED = {"norm", "decay", "rate", "nap", "norm-cosine", "nap-cosine"}
 PROJECTED = {"projection", "nap", "nap-cosine"}
@@ -278,7 +281,7 @@ def declare(optimizer: Literal["sgd", "adam"], title: str, also: tuple[Claim, ..
         primary=LATE,
         hp={"*": {"lr": middle}, "decay": {"decay": 3e-4}},
         tune=Tune(
-            trials=28,
+            trials=32,
             select=LATE,
             shared={"lr": Choice(RATES[optimizer])},
             only={"decay": {"decay": Choice((1e-4, 3e-4, 1e-3, 3e-3))}},
