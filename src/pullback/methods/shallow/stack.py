@@ -56,9 +56,9 @@ class ResidualStack(Layer):
         branch: where a block keeps F; None: the block is F, and the stack adds the identity.
         fuse: how parallel branches are computed. ``"wide"``: one wide product for all, for branches made of one or two
             linear or convolution layers with activations; ``"vmap"``: any branches of equal structure, stacked;
-            ``"loop"``: one after the other; ``"auto"``: the first of these that is possible and pays (the second only
-            off the CPU and where all code is torch's own). ``"copy"``: wide, with the gathered weights kept until a
-            parameter changes; for inference, it gives the parameters no gradient.
+            ``"loop"``: one after the other; ``"auto"``: the first of these that is possible and pays (the
+            second off the CPU or in order 2, and where all code is torch's own). ``"copy"``: wide, with the gathered
+            weights kept until a parameter changes; for inference, it gives the parameters no gradient.
         chunk: branches computed at a time; None: all, on a CPU as many as its cache holds.
 
     Shape:
@@ -139,7 +139,7 @@ class ResidualStack(Layer):
 
     @property
     def plan(self) -> Literal["wide", "vmap", "loop"]:
-        """How parallel branches are computed on a CPU now."""
+        """How parallel branches of order 1 are computed on a CPU now."""
         how = self._plan()
         return "wide" if isinstance(how, Wide) else how
 
@@ -192,7 +192,7 @@ class ResidualStack(Layer):
         if shared and steady:
             return self._one(x, order)
         how = self._plan()
-        if how == "loop" and self.fuse == "auto" and x.device.type != "cpu" and self._stackable:
+        if how == "loop" and self._stackable and (order == 2 or x.device.type != "cpu"):
             how = "vmap"
         if how == "vmap" and fused.keeps_statistics(self._inner()[0]):
             how = "loop"  # running statistics are edited in place

@@ -146,13 +146,13 @@ def test_branches_that_are_linear_in_their_weights_cost_one_branch():
 
 
 def test_one_forward_mode_product_for_each_block_but_the_first():
-    stack = ResidualStack(blocks_of("normed", 6), order=2)
+    stack = ResidualStack(blocks_of("normed", 6), order=2, fuse="loop")
     x = torch.randn(5, 4, dtype=torch.float64)
     stack(x)
     with mock.patch.object(torch.func, "jvp", wraps=torch.func.jvp) as product:
         stack(x)
     assert product.call_count == 5
-    vmapped = ResidualStack(blocks_of("normed", 6), order=2, fuse="vmap")
+    vmapped = ResidualStack(blocks_of("normed", 6), order=2)
     with mock.patch.object(torch.func, "jvp", wraps=torch.func.jvp) as product:
         vmapped(x)
     assert product.call_count == 1  # of all blocks together
