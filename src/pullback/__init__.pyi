@@ -15,6 +15,10 @@ from pullback.methods.dann import DomainAdversarialLoss as DomainAdversarialLoss
 from pullback.methods.dann import GradientReversal as GradientReversal
 from pullback.methods.dann import ShallowDANN as ShallowDANN
 from pullback.methods.dann import proxy_a_distance as proxy_a_distance
+from pullback.methods.elu import BiasShiftProbe as BiasShiftProbe
+from pullback.methods.elu import activation_gain as activation_gain
+from pullback.methods.elu import init_gain_ as init_gain_
+from pullback.methods.elu import swap_activations as swap_activations
 from pullback.methods.gcond import ConflictResolver as ConflictResolver
 from pullback.methods.gcond import GradientConductor as GradientConductor
 from pullback.methods.gcond import MomentumWriter as MomentumWriter
@@ -30,6 +34,10 @@ from pullback.methods.paced import BetaKernel as BetaKernel
 from pullback.methods.paced import PassRateTracker as PassRateTracker
 from pullback.methods.paced import distillation_loss as distillation_loss
 from pullback.methods.paced import gradient_snr as gradient_snr
+from pullback.methods.peri_ln import PeriNorm as PeriNorm
+from pullback.methods.peri_ln import PeriNormBlock as PeriNormBlock
+from pullback.methods.peri_ln import ResidualStreamProbe as ResidualStreamProbe
+from pullback.methods.peri_ln import convert_norm_placement as convert_norm_placement
 from pullback.methods.pinn_annealing import GradientAnnealing as GradientAnnealing
 from pullback.methods.pinn_annealing import GradientHistograms as GradientHistograms
 from pullback.methods.pinn_annealing import ModifiedMLP as ModifiedMLP
@@ -44,9 +52,16 @@ from pullback.methods.revcol import ReversibleSequence as ReversibleSequence
 from pullback.methods.revcol import memory_report as memory_report
 from pullback.methods.sam_gs import SAMGS as SAMGS
 from pullback.methods.sam_gs import multitask_backward as multitask_backward
+from pullback.methods.shallow import ResidualStack as ResidualStack
+from pullback.methods.shallow import shallow_ as shallow_
+from pullback.methods.shallow import truncation_report as truncation_report
 from pullback.methods.tract import TrAct as TrAct
 from pullback.methods.tract import precondition_input as precondition_input
 from pullback.methods.tract import tract as tract
+from pullback.methods.tversky import FeatureBank as FeatureBank
+from pullback.methods.tversky import TverskyProjection as TverskyProjection
+from pullback.methods.tversky import TverskySimilarity as TverskySimilarity
+from pullback.methods.tversky import replace_linear as replace_linear
 
 __version__: str
 
@@ -55,11 +70,13 @@ __all__ = [
     "SAMGS",
     "Attachment",
     "BetaKernel",
+    "BiasShiftProbe",
     "ClipGradNorm",
     "ConflictMonitor",
     "ConflictResolver",
     "CouplingStep",
     "DomainAdversarialLoss",
+    "FeatureBank",
     "GradientAnnealing",
     "GradientConductor",
     "GradientHistograms",
@@ -71,7 +88,11 @@ __all__ = [
     "MomentumWriter",
     "NonFiniteError",
     "PassRateTracker",
+    "PeriNorm",
+    "PeriNormBlock",
     "Project",
+    "ResidualStack",
+    "ResidualStreamProbe",
     "RevCol",
     "ReversibleSequence",
     "ReversibleStage",
@@ -80,22 +101,31 @@ __all__ = [
     "ShallowDANN",
     "TaskAccumulator",
     "TrAct",
+    "TverskyProjection",
+    "TverskySimilarity",
+    "activation_gain",
     "add_gradient_noise_",
     "attach",
     "cite",
+    "convert_norm_placement",
     "curl_fraction",
     "distillation_loss",
     "flip_threshold",
     "gradient_snr",
+    "init_gain_",
     "insert_norms",
     "lmo_groups",
     "memory_report",
     "multitask_backward",
     "precondition_input",
     "proxy_a_distance",
+    "replace_linear",
     "schedules",
+    "shallow_",
     "soft_dice",
     "solution_stability",
+    "swap_activations",
     "tract",
+    "truncation_report",
     "weight_matrices",
 ]

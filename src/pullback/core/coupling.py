@@ -81,7 +81,7 @@ class CouplingStep(nn.Module):
                 f"reads must name slots that hold a tensor, got {list(self.reads)} of which one is empty (None). "
                 "Fill it by an earlier step, or pass a tensor of zeros."
             )
-        return [*values, *(context[each] for each in self.context)]  # ty: ignore[invalid-return-type]
+        return [*values, *(context[each] for each in self.context)]  # ty: ignore[invalid-explicit-return]
 
     def update(self, state: State, context: Sequence[Tensor]) -> Tensor:
         """``fn`` of the slots and context it reads, checked.

@@ -114,7 +114,7 @@ class ReversibleSequence(nn.Module, Recompute):
             if found is not None:
                 return found
         values, taps = self.advance(state, context)
-        return (*values, *taps)  # ty: ignore[invalid-return-type]
+        return (*values, *taps)  # ty: ignore[invalid-explicit-return]
 
     def advance(
         self, state: State, context: Sequence[Tensor] = (), start: int = 0, stop: int | None = None
@@ -172,7 +172,7 @@ class ReversibleSequence(nn.Module, Recompute):
                 )
             old = value - update
             values[step.slot] = old if step.scale is None else old / step.scale
-        return tuple(values)  # ty: ignore[invalid-return-type]
+        return tuple(values)  # ty: ignore[invalid-explicit-return]
 
     def _plan(self) -> list[CouplingStep]:
         return cast("list[CouplingStep]", list(self.steps))

@@ -16,6 +16,7 @@ from pullback.lab.data import (
     mni152,
     mnist,
     photographs,
+    python_topics,
     sentiment,
     source,
     split,
@@ -109,6 +110,26 @@ def test_sentiment_domains_and_labels():
     assert 0 < len(strict) < len(data.domain("amazon")[0])
     with pytest.raises(ValueError, match=r"domain must be one of \['amazon', 'movie'\], got 'books'"):
         data.domain("books")
+
+
+def test_topics_are_characters_in_three_parts_that_share_no_paragraph():
+    data = python_topics()
+    ids = torch.cat([data.train, data.validation, data.test])
+    assert (len(data.text), len(data.vocabulary), data.text.isascii()) == (374_649, 94, True)
+    assert data.decode(ids) == data.text
+    assert torch.equal(data.encode(data.text[:5000]), data.train[:5000])
+    assert abs(len(data.train) / len(ids) - 0.9) < 0.01
+    assert abs(len(data.test) / len(ids) - 0.05) < 0.01
+    held = data.decode(torch.cat([data.validation, data.test])).split("\n\n")
+    long = [" ".join(paragraph.split()) for paragraph in held]
+    read = {" ".join(paragraph.split()) for paragraph in data.decode(data.train).split("\n\n")}
+    assert not {paragraph for paragraph in long if len(paragraph) >= 40} & read
+    assert len(long) > 100, "the held-out tenth has paragraphs to compare"
+    assert set(data.decode(data.test)) <= set(data.decode(data.train)), (
+        "a symbol that was never read cannot be scored"
+    )
+    with pytest.raises(ValueError, match=r"text must use the 94 characters of vocabulary, got \['é'\]"):
+        data.encode("é")
 
 
 def test_a_part_depends_on_content_alone():

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from pullback.core.reversible import CouplingStep, Drift, ReversibleSequence, away_from_zero_, set_reversible
 from pullback.core.saved_bytes import SavedBytes, saved_bytes
-from pullback.methods.revcol.configurations import CONFIGURATIONS, Configuration, revcol
-from pullback.methods.revcol.layers import ConvNeXtBlock
+from pullback.methods.revcol.layers import ConvNeXtBlock, supervised_loss
 from pullback.methods.revcol.memory import MemoryReport, memory_report
-from pullback.methods.revcol.network import FeatureInfo, RevCol, RevColOutput
-from pullback.methods.revcol.supervision import supervised_loss
+from pullback.methods.revcol.network import (
+    CONFIGURATIONS,
+    Configuration,
+    FeatureInfo,
+    RevCol,
+    RevColOutput,
+    revcol,
+)
 
 __all__ = [
     "CONFIGURATIONS",

@@ -81,4 +81,4 @@ def memory_report(net: RevCol, images: Tensor) -> MemoryReport:
 
 def _pyramid(net: nn.Module, images: Tensor) -> list[Tensor]:
     with torch.random.fork_rng(devices=[]):
-        return net.forward_features(images)  # ty: ignore[call-non-callable]
+        return net.forward_features(images)  # ty: ignore[not-callable]

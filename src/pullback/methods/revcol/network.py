@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -14,8 +15,14 @@ from torch.utils.checkpoint import checkpoint
 from pullback.core.checks import choice, floating, fraction, instance, integer, positive
 from pullback.core.kinds import Layer
 from pullback.core.reversible import CouplingStep, ReversibleSequence, away_from_zero_
-from pullback.methods.revcol.layers import ChannelNorm, Classifier, Decoder, LevelFunction, initialise_
-from pullback.methods.revcol.supervision import supervised_loss
+from pullback.methods.revcol.layers import (
+    ChannelNorm,
+    Classifier,
+    Decoder,
+    LevelFunction,
+    initialise_,
+    supervised_loss,
+)
 
 Recomputation: TypeAlias = Literal["reversible", "checkpoint", "none"]
 """What the backward pass computes again: columns that are undone, checkpointed columns, or nothing."""
@@ -139,32 +146,13 @@ class RevCol(Layer):
         self.stem = nn.Sequential(
             nn.Conv2d(in_channels, widths[0], STEM, stride=STEM), ChannelNorm(widths[0])
         )
-        make = partial(
-            LevelFunction,
-            channels=widths,
-            kernel=kernel,
-            layer_scale=positive("layer_scale", layer_scale),
-        )
-        rates = [drop_path * k / max(sum(depths) - 1, 1) for k in range(sum(depths))]
         supervised = (
             range(columns // HEADS - 1, columns, columns // HEADS) if intermediate_supervision else ()
         )
-        steps = []
-        for column in range(columns):
-            for level, width in enumerate(widths):
-                start = sum(depths[:level])
-                fn = make(level, first=column == 0, rates=rates[start : start + depths[level]])
-                reads = ([level - 1] if level else []) + ([level + 1] if fn.up is not None else [])
-                steps.append(
-                    CouplingStep(
-                        level,
-                        reads,
-                        fn,
-                        nn.Parameter(torch.full((1, width, 1, 1), 0.5)),
-                        context=() if level else (0,),
-                        tap=level == levels - 1 and column in supervised,
-                    )
-                )
+        make = partial(
+            LevelFunction, channels=widths, kernel=kernel, layer_scale=positive("layer_scale", layer_scale)
+        )
+        steps = _steps(columns, depths, make, drop_path, supervised)
         self.columns = ReversibleSequence(steps, anchor_every=levels * every, drift_check=drift_check)
         heads = HEADS if intermediate_supervision else 1
         self.classifiers = nn.ModuleList(Classifier(widths[-1], num_classes) for _ in range(heads))
@@ -225,7 +213,7 @@ class RevCol(Layer):
         state, _ = self.columns.advance(
             [None] * self.levels, [self._begin(images)], 0, (column + 1) * self.levels
         )
-        return state  # ty: ignore[invalid-return-type]
+        return state  # ty: ignore[invalid-explicit-return]
 
     def loss(
         self,
@@ -289,6 +277,27 @@ class RevCol(Layer):
         return state, taps
 
 
+def _steps(
+    columns: int,
+    depths: Sequence[int],
+    make: Callable[..., LevelFunction],
+    drop_path: float,
+    supervised: Collection[int],
+) -> list[CouplingStep]:
+    """The steps of all columns; ``make(level, first=..., rates=...)`` builds a level."""
+    count, levels, steps = sum(depths), len(depths), []
+    rates = [drop_path * k / max(count - 1, 1) for k in range(count)]
+    for column in range(columns):
+        for level, depth in enumerate(depths):
+            start = sum(depths[:level])
+            fn = make(level, first=column == 0, rates=rates[start : start + depth])
+            reads = ([level - 1] if level else []) + ([level + 1] if fn.up is not None else [])
+            scale = nn.Parameter(torch.full((1, fn.width, 1, 1), 0.5))
+            tap = level == levels - 1 and column in supervised
+            steps.append(CouplingStep(level, reads, fn, scale, context=() if level else (0,), tap=tap))
+    return steps
+
+
 def _levels(channels: Sequence[int], blocks: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     instance("channels", channels, (list, tuple), fix="Pass one width for each level.")
     instance("blocks", blocks, (list, tuple), fix="Pass one number for each level.")
@@ -300,3 +309,45 @@ def _levels(channels: Sequence[int], blocks: Sequence[int]) -> tuple[tuple[int, 
             "Make them equally long."
         )
     return widths, depths
+
+
+# --- named networks ---
+
+
+class Configuration(NamedTuple):
+    """Widths and blocks of each level, number of columns, rate of stochastic depth."""
+
+    channels: tuple[int, ...]
+    blocks: tuple[int, ...]
+    columns: int
+    drop_path: float
+
+
+CONFIGURATIONS: Mapping[str, Configuration] = MappingProxyType(
+    {
+        "tiny": Configuration((64, 128, 256, 512), (2, 2, 4, 2), 4, 0.1),
+        "small": Configuration((64, 128, 256, 512), (2, 2, 4, 2), 8, 0.3),
+        "base": Configuration((72, 144, 288, 576), (1, 1, 3, 2), 16, 0.4),
+        "large": Configuration((128, 256, 512, 1024), (1, 2, 6, 2), 8, 0.5),
+        "xlarge": Configuration((224, 448, 896, 1792), (1, 2, 6, 2), 8, 0.5),
+    }
+)
+"""By name: tiny 30M, small 60M, base 138M parameters, large and xlarge."""
+
+
+def revcol(name: str, **changes: Any) -> RevCol:
+    """A network of the paper by name.
+
+    Args:
+        name: a key of `CONFIGURATIONS`.
+        **changes: arguments of `RevCol`, which win over the configuration's.
+
+    Returns:
+        The network, freshly initialised.
+
+    Raises:
+        ValueError: if there is no such name.
+        TypeError: if an argument is unknown.
+    """
+    named = CONFIGURATIONS[choice("name", name, tuple(CONFIGURATIONS))]
+    return RevCol(**{**named._asdict(), **changes})

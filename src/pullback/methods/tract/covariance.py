@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from pullback.core.windows import sliding_windows
 
 CHUNK = 2**19
 """Entries of the patch matrix that are held at a time (2 MB in float32); more changes neither speed nor result."""
@@ -90,13 +91,9 @@ class Patches:
 
     def _windows(self, x: Tensor) -> Tensor:
         """A view [N, C, *out, *kernel] of the padded ``x`` [N, C, *spatial]."""
-        if any(map(any, self.pads)):
-            flat = [pad for pads in reversed(self.pads) for pad in pads]  # torch begins at the last dimension
-            x = F.pad(x, flat, mode="constant" if self.mode == "zeros" else self.mode)
-        for position, (extent, stride) in enumerate(zip(self._extents(), self.stride, strict=True)):
-            x = x.unfold(2 + position, extent, stride)
-        dilated: tuple[Any, ...] = tuple(slice(None, None, d) for d in self.dilation)
-        return x[(..., *dilated)]
+        return sliding_windows(
+            x, self.kernel, stride=self.stride, dilation=self.dilation, pads=self.pads, mode=self.mode
+        )
 
     def _columns(self, windows: Tensor) -> Tensor:
         """The one copy: [N, C, *out, *kernel] to [groups, n, N * prod(out)], long runs innermost."""

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 
 from pullback.core.checks import instance
 from pullback.core.schedules import Schedule
+from pullback.core.windows import padding_of
 from pullback.methods.tract.covariance import Patches, Rows
 from pullback.methods.tract.signal import TrAct, check_plain
 
@@ -73,20 +74,13 @@ _TREATED: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def _patches(layer: Any) -> Patches:
-    if layer.padding == "same":
-        spans = [d * (k - 1) for k, d in zip(layer.kernel_size, layer.dilation, strict=True)]
-        pads = tuple((span // 2, span - span // 2) for span in spans)  # the odd one goes behind, as in torch
-    elif layer.padding == "valid":
-        pads = tuple((0, 0) for _ in layer.kernel_size)
-    else:
-        pads = tuple((pad, pad) for pad in layer.padding)
     return Patches(
         channels=layer.in_channels,
         groups=layer.groups,
         kernel=tuple(layer.kernel_size),
         stride=tuple(layer.stride),
         dilation=tuple(layer.dilation),
-        pads=pads,
+        pads=padding_of(layer),
         mode=layer.padding_mode,
     )
 

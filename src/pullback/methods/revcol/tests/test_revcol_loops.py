@@ -11,7 +11,7 @@ from torch import nn
 
 from pullback.core.saved_bytes import saved_bytes
 from pullback.methods.revcol import RevCol
-from pullback.methods.revcol.tests.nets import draw, relative
+from pullback.methods.revcol.tests.cases import draw, relative
 from pullback.testing import run_ranks
 
 

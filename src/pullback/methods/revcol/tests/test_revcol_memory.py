@@ -10,7 +10,7 @@ import torch
 from pullback.core.peak_bytes import PeakBytes
 from pullback.core.saved_bytes import saved_bytes
 from pullback.methods.revcol import RevCol, memory_report
-from pullback.methods.revcol.tests.nets import images, net
+from pullback.methods.revcol.tests.cases import images, net
 
 COUNTS = (1, 2, 4, 8, 16)
 

@@ -19,7 +19,7 @@ from pullback.methods.revcol import (
 )
 from pullback.methods.revcol.layers import StochasticDepth
 from pullback.methods.revcol.tests import reference
-from pullback.methods.revcol.tests.nets import (
+from pullback.methods.revcol.tests.cases import (
     BLOCKS,
     begun,
     draw,
