@@ -99,6 +99,5 @@ CASES = (
         build=lambda: _network(reversible=False, zero_init=True),
         inputs=_images(1, 4, 4),
         shape=lambda s: (s[0], 2, *s[2:]),
-        refuses={"compiles": _REBUILT["compiles"]},
     ),
 )
