@@ -34,15 +34,34 @@ from pullback.methods.paced import BetaKernel as BetaKernel
 from pullback.methods.paced import PassRateTracker as PassRateTracker
 from pullback.methods.paced import distillation_loss as distillation_loss
 from pullback.methods.paced import gradient_snr as gradient_snr
+from pullback.methods.peri_ln import PeriNorm as PeriNorm
+from pullback.methods.peri_ln import PeriNormBlock as PeriNormBlock
+from pullback.methods.peri_ln import ResidualStreamProbe as ResidualStreamProbe
+from pullback.methods.peri_ln import convert_norm_placement as convert_norm_placement
 from pullback.methods.pinn_annealing import GradientAnnealing as GradientAnnealing
 from pullback.methods.pinn_annealing import GradientHistograms as GradientHistograms
 from pullback.methods.pinn_annealing import ModifiedMLP as ModifiedMLP
 from pullback.methods.pinn_annealing import weight_matrices as weight_matrices
+from pullback.methods.rev_mbconv_unet import MBConv as MBConv
+from pullback.methods.rev_mbconv_unet import ReversibleStage as ReversibleStage
+from pullback.methods.rev_mbconv_unet import ReversibleUNet as ReversibleUNet
+from pullback.methods.rev_mbconv_unet import soft_dice as soft_dice
+from pullback.methods.revcol import CouplingStep as CouplingStep
+from pullback.methods.revcol import RevCol as RevCol
+from pullback.methods.revcol import ReversibleSequence as ReversibleSequence
+from pullback.methods.revcol import memory_report as memory_report
 from pullback.methods.sam_gs import SAMGS as SAMGS
 from pullback.methods.sam_gs import multitask_backward as multitask_backward
+from pullback.methods.shallow import ResidualStack as ResidualStack
+from pullback.methods.shallow import shallow_ as shallow_
+from pullback.methods.shallow import truncation_report as truncation_report
 from pullback.methods.tract import TrAct as TrAct
 from pullback.methods.tract import precondition_input as precondition_input
 from pullback.methods.tract import tract as tract
+from pullback.methods.tversky import FeatureBank as FeatureBank
+from pullback.methods.tversky import TverskyProjection as TverskyProjection
+from pullback.methods.tversky import TverskySimilarity as TverskySimilarity
+from pullback.methods.tversky import replace_linear as replace_linear
 
 __version__: str
 
@@ -55,26 +74,40 @@ __all__ = [
     "ClipGradNorm",
     "ConflictMonitor",
     "ConflictResolver",
+    "CouplingStep",
     "DomainAdversarialLoss",
+    "FeatureBank",
     "GradientAnnealing",
     "GradientConductor",
     "GradientHistograms",
     "GradientNoise",
     "GradientReversal",
     "LayerNoise",
+    "MBConv",
     "ModifiedMLP",
     "MomentumWriter",
     "NonFiniteError",
     "PassRateTracker",
+    "PeriNorm",
+    "PeriNormBlock",
     "Project",
+    "ResidualStack",
+    "ResidualStreamProbe",
+    "RevCol",
+    "ReversibleSequence",
+    "ReversibleStage",
+    "ReversibleUNet",
     "RuleFlip",
     "ShallowDANN",
     "TaskAccumulator",
     "TrAct",
+    "TverskyProjection",
+    "TverskySimilarity",
     "activation_gain",
     "add_gradient_noise_",
     "attach",
     "cite",
+    "convert_norm_placement",
     "curl_fraction",
     "distillation_loss",
     "flip_threshold",
@@ -82,12 +115,17 @@ __all__ = [
     "init_gain_",
     "insert_norms",
     "lmo_groups",
+    "memory_report",
     "multitask_backward",
     "precondition_input",
     "proxy_a_distance",
+    "replace_linear",
     "schedules",
+    "shallow_",
+    "soft_dice",
     "solution_stability",
     "swap_activations",
     "tract",
+    "truncation_report",
     "weight_matrices",
 ]

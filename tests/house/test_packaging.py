@@ -51,6 +51,7 @@ def test_the_wheel_holds_the_package_its_data_and_its_licences(wheel: zipfile.Zi
         "pullback/py.typed",
         "pullback/lab/data/files/mnist10k.npz",
         "pullback/lab/data/files/sentiment.tsv.gz",
+        "pullback/lab/data/files/topics.txt.gz",
         "pullback/lab/rooms/templates/study.py.txt",
     ):
         assert name in names

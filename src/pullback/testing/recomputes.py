@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pullback.core.saved_bytes import saved_bytes
 from pullback.testing.case import Case
 from pullback.testing.check import BrokenContract, NotApplicable, check
 from pullback.testing.exercise import built, recompute
@@ -94,27 +95,11 @@ def stored_bytes(case: Case) -> None:
         raise NotApplicable("the case states no memory")
     model = user_model(case)
     arguments = leaves(batch_for(model, case))
-    own = {p.data_ptr() for p in (*model.parameters(), *differentiable(arguments))}
-    stored = _saved(lambda: recompute(case, built(case), model, arguments), own)
-    plain = _saved(lambda: model(*arguments), own)
+    own = (model, *differentiable(arguments))
+    stored = saved_bytes(lambda: recompute(case, built(case), model, arguments), *own)
+    plain = saved_bytes(lambda: model(*arguments), *own)
     if stored > case.memory * plain:
         raise BrokenContract(f"Keeps {stored} bytes; {case.memory:g} x {plain} are promised.")
-
-
-def _saved(call: Callable[[], Any], own: set[int]) -> int:
-    """Bytes of distinct tensors saved for the backward pass, parameters and inputs not counted."""
-    seen: dict[int, Tensor] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        if tensor.data_ptr() not in own:
-            seen[tensor.data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = call()
-    total = sum(each.numel() * each.element_size() for each in seen.values())
-    del out
-    return total
 
 
 @check("recompute", refusable="declared")

@@ -10,7 +10,9 @@ from pullback.lab.data.order import fixed_permutation, split
 from pullback.lab.data.photographs import photographs
 from pullback.lab.data.source import DataError
 from pullback.lab.data.text import Sentiment, sentiment
-from pullback.lab.data.volumes import Brain, mni152
+from pullback.lab.data.topics import Topics, python_topics
+from pullback.lab.data.volumes import Brain, Tissue, TissueParts, brain_tissue, mni152
+from pullback.lab.data.words import Words, python_words
 
 __all__ = [
     "Brain",
@@ -18,11 +20,18 @@ __all__ = [
     "DatasetCard",
     "Digits",
     "Sentiment",
+    "Tissue",
+    "TissueParts",
+    "Topics",
+    "Words",
+    "brain_tissue",
     "digits8x8",
     "fixed_permutation",
     "mni152",
     "mnist",
     "photographs",
+    "python_topics",
+    "python_words",
     "sentiment",
     "split",
 ]

@@ -12,6 +12,7 @@ SHA256 = {
     "mnist10k.npz": "0217e13bd0668deb198aa7d305edbf0331eb89f8a6e7dd226e03d1aa3a9bd4ef",
     "sentiment.tsv.gz": "f72e534b7e88803a9df7a6f04015204b6e4f5f782a25100619f20341fd125b7f",
     "mni152_2mm.npz": "49e02463357961d06162c45f63c414518c0172db21e9997622ed66a5ef12d80a",
+    "topics.txt.gz": "248ca9940bc69dcaf36a7e5c993f3d5d9c7b9042bdb2e1af0eb7a02a5cf23b66",
 }
 
 

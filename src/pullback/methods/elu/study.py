@@ -1,8 +1,7 @@
 """Do ELU networks learn faster, does less bias shift explain it, and what is left when the initial variance is matched?
 
-`paper` repeats the paper's setting: He's initialisation and one learning rate for all. `tuned` gives every activation
-the gain that keeps its variance and its own best rate, and adds batch normalisation. `predict` asks across nine
-networks whether the shift fraction tells who has learned most after one epoch, better than trivial numbers do.
+`paper` has He's initialisation and one rate for all. `tuned` gives every activation the gain that keeps its variance
+and its own best rate, and adds batch normalisation. `predict` asks whether the shift fraction tells who learns most.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pullback.core.streams import generator, stream_seed
@@ -136,7 +134,7 @@ class Training:
             if number > 0 and step % EVERY == 0:
                 self.medians.append(self.median())
             self.optimizer.zero_grad()
-            loss = F.cross_entropy(self.model(x[rows]), y[rows])
+            loss = nn.functional.cross_entropy(self.model(x[rows]), y[rows])
             loss.backward()
             self.optimizer.step()
         if not math.isfinite(loss.item()):
@@ -163,13 +161,11 @@ class Training:
     def log_loss(self) -> float:
         """log10 of the loss on the first 2,000 training images, in evaluation mode, at most that of guessing."""
         x, y = (each[: min(2000, self.cfg.images)] for each in digits())
-        loss = F.cross_entropy(self.model.eval()(x), y).item()
+        loss = nn.functional.cross_entropy(self.model.eval()(x), y).item()
         self.model.train()
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss on training images is {loss}")
-        return min(
-            math.log10(max(loss, 1e-12)), GUESS
-        )  # a run that failed must not be better than one that ended
+        return min(math.log10(max(loss, 1e-12)), GUESS)  # no run that failed may beat one that ended
 
     @torch.no_grad()
     def test_accuracy(self) -> float:
@@ -191,16 +187,20 @@ def run(cfg: Config, arm: str, hp: Hyperparameters, seed: int, log: Log) -> Mapp
         shift = (first.shift_fraction + last.shift_fraction) / 2
         for name, value in (("log_loss", loss), ("shift", shift), ("abs_mean", means[-1])):
             log.value(name, value, number + 1)
+        log.value(
+            "natural_shift", (first.shift_fraction_natural + last.shift_fraction_natural) / 2, number + 1
+        )
+        log.value("cos_natural", (first.cos_natural + last.cos_natural) / 2, number + 1)
         if number == 0:
             found |= {"shift_3": first.shift_fraction, "shift_7": last.shift_fraction, "log_loss_1": loss}
         if number + 1 == min(4, cfg.epochs):
             found["log_loss_4"] = loss
-    spread = float(np.var(training.medians)) if training.medians else 1.0  # one epoch alone has no curve
+    spread = np.var(training.medians) if training.medians else math.nan
     return {
         **found,
         "log_loss": loss,
         "abs_mean": float(np.mean(means)),
-        "log_fluctuation": math.log10(max(spread, 1e-12)),
+        "log_fluctuation": math.log10(max(float(spread), 1e-12)) if training.medians else 0.0,
         "test_accuracy": training.test_accuracy(),
     }
 

@@ -171,9 +171,9 @@ class Traced:
         try:
             return tracer.trace(self.model)
         except Exception as error:  # whatever the model's own code raises when it meets a proxy
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(". ")
             raise ValueError(
-                f"model must be a graph that torch.fx can trace, got {type(self.model).__name__}: {reason} "
+                f"model must be a graph that torch.fx can trace, got {type(self.model).__name__}: {reason}. "
                 "Take the branch out of forward, or project an explicit list with "
                 "pullback.core.frobenius.FrobeniusProjector."
             ) from error

@@ -334,7 +334,7 @@ RANGES = PaperResult(
     "ablation of the input range", "a figure without numbers: without standardisation the gain shrinks"
 )
 SGD = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
-BYTES = (3e-4, 1e-3, 2e-3, 4e-3, 1e-2, 2e-2, 5e-2, 0.1)
+BYTES = (1e-3, 2e-3, 4e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5)
 ADAM = (3e-4, 1e-3, 3e-3, 6e-3, 1e-2, 2e-2, 4e-2)
 
 STUDIES: tuple[Study, ...] = (

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch.distributions import Categorical, kl_divergence
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pullback.core.saved_bytes import saved_bytes
 from pullback.methods.paced import distillation_loss, two_stage
 from pullback.methods.paced.tests import reference
 
@@ -267,35 +268,19 @@ def test_forbidden_symbols_of_the_teacher():
 # --- memory --------------------------------------------------------------------------------------------------------
 
 
-def extra_bytes(function, *given):
-    """Bytes of distinct storages that autograd keeps for the backward pass, beside those of the given tensors."""
-    there = {x.untyped_storage().data_ptr() for x in given}
-    kept = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = 0 if storage.data_ptr() in there else storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = function()
-    loss.sum().backward()
-    return sum(kept.values())
-
-
 def test_no_copy_of_the_logits_is_kept():
     student, teacher, mask = logits(4, 64, 500, dtype=torch.float32)
     student = student.requires_grad_()
     for kind in KINDS:
         for masked in (mask, None):
             loss = lambda k=kind, m=masked: each(student, teacher, m, divergence=k)  # noqa: E731
-            assert extra_bytes(loss, student, teacher) < 0.05 * student.nbytes
+            assert saved_bytes(loss, student, teacher) < 0.05 * student.nbytes
 
     def plain():
         s, t = student.log_softmax(-1), teacher.log_softmax(-1)
         return (t.exp() * (t - s)).sum(-1)
 
-    assert extra_bytes(plain, student, teacher) >= 2 * student.nbytes
+    assert saved_bytes(plain, student, teacher) >= 2 * student.nbytes
 
 
 def test_a_slice_of_the_logits_is_not_flattened_by_a_copy():

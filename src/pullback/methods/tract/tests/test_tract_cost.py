@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pullback.core.peak_bytes import PeakBytes
+from pullback.core.saved_bytes import saved_bytes
 from pullback.methods.tract import tract
 
 
@@ -40,19 +41,9 @@ def test_a_large_image_is_read_in_pieces_as_well():
 
 def test_the_graph_keeps_no_more_than_the_input_and_one_number():
     layer, x = nn.Conv2d(3, 4, 3), torch.randn(2, 3, 9, 9)
-
-    def kept():
-        found = {}
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda t: found.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t
-        ):
-            z = layer(x)
-        del z
-        return sum(t.untyped_storage().nbytes() for t in found.values())
-
-    plain = kept()
+    plain = saved_bytes(lambda: layer(x))
     with tract(layer):
-        assert kept() - plain == 4
+        assert saved_bytes(lambda: layer(x)) - plain == 4
 
 
 def test_operations_are_those_of_one_covariance_and_one_solve():

@@ -1,0 +1,113 @@
+"""The study's own parts: what fits into a budget, parts of a batch, paired arms, and its pictures."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from pullback.core.streams import generator
+from pullback.lab.engine.worker import CellLog
+from pullback.lab.figures import segmentation
+from pullback.methods.rev_mbconv_unet import peak_bytes, study
+from pullback.methods.rev_mbconv_unet.study import STUDIES, Config, begun, grown, largest, mode_of
+
+SMALL = Config(width=4, levels=2, steps=3, side=8)
+
+
+def test_the_largest_that_fits():
+    asked = []
+    assert largest(lambda n: asked.append(n) or n <= 1000, 3) == 1000
+    assert len(asked) < 25
+    assert largest(lambda n: n <= 7, 7) == 7
+
+
+@pytest.mark.parametrize("arm", STUDIES[2].arms.names())
+def test_an_arm_takes_the_widest_network_of_its_budget(arm):
+    cfg = Config()
+    mine, parts = grown(cfg, arm), study.PARTS.get(arm, 1)
+
+    def peak(width, mode, batch):
+        return peak_bytes(study.network(width, cfg.levels, cfg.blocks), (batch, 1, 16, 16, 16), mode)
+
+    budget = peak(cfg.width, "plain", cfg.batch)
+    assert peak(mine.width, mode_of(arm), cfg.batch // parts) <= budget
+    assert peak(mine.width + 2, mode_of(arm), cfg.batch // parts) > budget
+    assert (mine.width > cfg.width) == (arm != "plain")
+
+
+def test_a_batch_in_parts_is_the_whole_batch():
+    whole, parted = begun(SMALL, "plain", 1e-2, 100), begun(SMALL, "plain", 1e-2, 100, parts=2)
+    for step in range(3):
+        assert whole.step(step) == pytest.approx(parted.step(step), abs=1e-4)
+
+
+def test_arms_begin_alike_and_stay_together():
+    runs = [begun(SMALL, mode, 1e-3, 100) for mode in ("plain", "checkpoint", "reversible")]
+    weights = [torch.cat([p.detach().reshape(-1) for p in run.net.parameters()]) for run in runs]
+    assert torch.equal(weights[0], weights[1])
+    assert torch.equal(weights[0], weights[2])
+    losses = [[run.step(step) for step in range(3)] for run in runs]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+    assert losses[0] == pytest.approx(losses[2], abs=1e-4)
+
+
+def test_other_seeds_are_other_networks_and_settings():
+    one, other = (begun(SMALL, "plain", 1e-3, seed) for seed in (100, 101))
+    assert not torch.equal(one.net.first.weight, other.net.first.weight)
+    settings = [study.setting(study.Memory(), seed) for seed in study.TEST_SEEDS]
+    assert len(set(settings)) > 4
+
+
+def test_ratios_are_one_for_the_plain_network_and_bytes_are_linear_in_blocks():
+    cfg = study.Memory(sides=(32,), counted_side=8)
+    found = study.run_memory(cfg, "plain", {}, 100, CellLog())
+    assert found == {"volume_ratio": 1.0, "depth_ratio": 1.0, "width_ratio": 1.0, "count_error": 0.0}
+    ref = study.setting(cfg, 100)
+    for mode in ("plain", "checkpoint", "reversible"):
+        one, two, five = (replace(ref, blocks=blocks).bytes(mode) for blocks in (1, 2, 5))
+        assert five - one == 4 * (two - one)
+
+
+def test_pictures():
+    run = begun(SMALL, "reversible", 1e-3, 100)
+    arrays = run.slices()
+    assert {name: (a.shape, a.dtype) for name, a in arrays.items()} == {
+        name: ((3, 77, 36), np.dtype("uint8")) for name in ("input", "truth", "predicted")
+    }
+    assert set(np.unique(arrays["truth"])) == {0, 1, 2}
+    figure = segmentation.segmentations(arrays["input"], {"truth": arrays["truth"]})
+    assert [ax.get_title(loc="left") for ax in figure.axes[:2]] == ["input", "truth"]
+    painted = segmentation.overlay(arrays["input"][0], arrays["truth"][0])
+    bare = arrays["truth"][0] == 0
+    assert (painted[bare] == arrays["input"][0][bare][:, None]).all()
+    assert len(np.unique(painted[~bare] - arrays["input"][0][~bare][:, None], axis=0)) > 2
+    with pytest.raises(ValueError, match="labels must be"):
+        segmentation.overlay(arrays["input"][0], arrays["truth"][0].T)
+
+
+def test_both_arms_see_the_same_test_images():
+    first, second = (begun(SMALL, mode, 1e-3, 100) for mode in ("plain", "reversible"))
+    block = study_block()
+    assert torch.equal(first.predict(block)[0], second.predict(block)[0])
+    assert not torch.equal(first.predict(block, 0)[0], first.predict(block, 1)[0])
+
+
+def study_block():
+    from pullback.lab.data import brain_tissue
+
+    return brain_tissue().test
+
+
+def test_cubes_lie_in_the_training_blocks():
+    from pullback.lab.data.volumes import cubes
+
+    x, y = cubes(6, 16, 0.3, generator("cubes", 0, 0))
+    assert x.shape == (6, 1, 16, 16, 16)
+    assert y.shape == (6, 3, 16, 16, 16)
+    assert torch.equal(y.sum(1), torch.ones(6, 16, 16, 16).long())
+    assert y.flatten(2).any(-1).any(0).all()
+    again, _ = cubes(6, 16, 0.3, generator("cubes", 0, 0))
+    assert torch.equal(x, again)
