@@ -27,7 +27,7 @@ untyped: Any = CouplingStep
         {"scale": learned, "anchor_every": 1, "drop": 0.2},
         {"scale": learned, "anchor_every": 3, "drift_check": True},
     ],
-    ids=str,
+    ids=lambda options: ",".join(f"{k}={getattr(v, '__name__', v)}" for k, v in options.items()) or "default",
 )
 def test_gradients_outputs_buffers_and_random_numbers_are_the_plain_ones(how):
     seq = chain(3, **how)

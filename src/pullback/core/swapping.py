@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from pullback.core.checks import instance, shown
+from pullback.core.swap import swap_modules
 
 Types: TypeAlias = type[nn.Module] | tuple[type[nn.Module], ...]
 
@@ -69,18 +70,19 @@ def swap_activations(model: nn.Module, match: Types, make: Callable[[], nn.Modul
             f"model must hold the activations, got {type(model).__name__}, which matches itself. Replace it where it "
             "is used."
         )
-    places = list(_places(model, types))
     calls = functional_calls(model, types)
-    if not places:
+    parents = [m for m in model.modules() if any(type(child) in types for child in m.children())]
+    if not parents:
         raise ValueError(_nothing(model, types, calls))
     keys = set(model.state_dict())
-    fresh = _replacements([old for _, _, old in places], make)
-    for parent, name, old in places:
-        setattr(parent, name, fresh[id(old)])
+    count = swap_modules(
+        model, lambda *_: True, _maker(make), fits=lambda module: type(module) in types, what="activation"
+    )
+    for parent in parents:
         if isinstance(parent, nn.TransformerEncoderLayer):
             parent.activation_relu_or_gelu = 0  # else its fused path would go on with the old activation
     _tell(model, keys, calls)
-    return len(fresh)
+    return count
 
 
 def _types(match: Any) -> tuple[type[nn.Module], ...]:
@@ -96,37 +98,28 @@ def _types(match: Any) -> tuple[type[nn.Module], ...]:
     return types
 
 
-def _places(
-    model: nn.Module, types: tuple[type[nn.Module], ...]
-) -> Iterator[tuple[nn.Module, str, nn.Module]]:
-    """Parent, name and module of every place, several of a shared instance included; not inside a match."""
-    for parent in model.modules():
-        for name, child in parent._modules.items():
-            if child is not None and type(child) in types:
-                yield parent, name, child
+def _maker(make: Callable[[], nn.Module]) -> Callable[[nn.Module], nn.Module]:
+    """``make`` for one old module, refusing what would be lost or become shared."""
+    made: list[nn.Module] = []
 
-
-def _replacements(olds: list[nn.Module], make: Callable[[], nn.Module]) -> dict[int, nn.Module]:
-    """A new module for every distinct old one, in its mode."""
-    fresh: dict[int, nn.Module] = {}
-    for old in olds:
-        if id(old) in fresh:
-            continue
+    def checked(old: nn.Module) -> nn.Module:
         if any(getattr(old, hooks) for hooks in _HOOKS):
             raise ValueError(
                 f"model must have no hooks on what is replaced, got some on a {type(old).__name__}. Remove them before "
                 "the swap and register them anew after it."
             )
-        made = make()
-        if not isinstance(made, nn.Module):
-            raise TypeError(f"make must return a module, got {shown(made)}. Write lambda: nn.ELU().")
-        if any(made is each for each in fresh.values()):
+        new = make()
+        if not isinstance(new, nn.Module):
+            raise TypeError(f"make must return a module, got {shown(new)}. Write lambda: nn.ELU().")
+        if any(new is each for each in made):
             raise ValueError(
-                f"make must return a new module each time, got the same {type(made).__name__} twice. Instances that "
+                f"make must return a new module each time, got the same {type(new).__name__} twice. Instances that "
                 "were distinct must stay distinct."
             )
-        fresh[id(old)] = made.train(old.training)
-    return fresh
+        made.append(new)
+        return new
+
+    return checked
 
 
 def _tell(model: nn.Module, keys: set[str], calls: tuple[str, ...]) -> None:

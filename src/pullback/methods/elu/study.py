@@ -187,16 +187,20 @@ def run(cfg: Config, arm: str, hp: Hyperparameters, seed: int, log: Log) -> Mapp
         shift = (first.shift_fraction + last.shift_fraction) / 2
         for name, value in (("log_loss", loss), ("shift", shift), ("abs_mean", means[-1])):
             log.value(name, value, number + 1)
+        log.value(
+            "natural_shift", (first.shift_fraction_natural + last.shift_fraction_natural) / 2, number + 1
+        )
+        log.value("cos_natural", (first.cos_natural + last.cos_natural) / 2, number + 1)
         if number == 0:
             found |= {"shift_3": first.shift_fraction, "shift_7": last.shift_fraction, "log_loss_1": loss}
         if number + 1 == min(4, cfg.epochs):
             found["log_loss_4"] = loss
-    spread = float(np.var(training.medians)) if training.medians else 1.0  # one epoch alone has no curve
+    spread = np.var(training.medians) if training.medians else math.nan
     return {
         **found,
         "log_loss": loss,
         "abs_mean": float(np.mean(means)),
-        "log_fluctuation": math.log10(max(spread, 1e-12)),
+        "log_fluctuation": math.log10(max(float(spread), 1e-12)) if training.medians else 0.0,
         "test_accuracy": training.test_accuracy(),
     }
 
