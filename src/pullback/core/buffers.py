@@ -12,10 +12,10 @@ _Module = nn.Module if TYPE_CHECKING else object
 
 
 class ExactBuffers(_Module):
-    """Mix-in for modules whose floating buffers are coefficients or state: they move, but never become narrower.
+    """Mix-in for modules whose floating buffers are coefficients or state, which half precision would round.
 
-    ``model.half()`` and ``model.bfloat16()`` leave them as they are; ``model.to(device)`` moves them, and
-    ``model.double()`` widens them. Put it before ``nn.Module`` among the bases.
+    They follow casts of the model, but never below single precision: ``model.half()`` and ``model.bfloat16()`` give
+    float32. ``model.to(device)`` moves them. Put it before ``nn.Module`` among the bases.
     """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -23,6 +23,6 @@ class ExactBuffers(_Module):
         super()._apply(fn, recurse)
         for name, old in before.items():
             new = getattr(self, name)
-            wide = torch.promote_types(new.dtype, old.dtype)
-            setattr(self, name, new.to(wide) if old.is_meta else old.to(new.device, wide))
+            dtype = torch.promote_types(new.dtype, torch.float32)
+            setattr(self, name, new.to(dtype) if old.is_meta else old.to(new.device, dtype))
         return self
