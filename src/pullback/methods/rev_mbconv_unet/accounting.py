@@ -108,7 +108,7 @@ def analytic_bytes(net: ReversibleUNet, input_shape: Sequence[int], mode: Mode =
 
     Args:
         net: the network; neither its mode nor its device matters.
-        input_shape: shape [batch, in_channels, *spatial] of an input.
+        input_shape: shape [batch, in_channels, ...] of an input.
         mode: ``"reversible"``, ``"plain"`` or ``"checkpoint"`` (one per block).
 
     Returns:
@@ -141,7 +141,7 @@ def peak_bytes(net: ReversibleUNet, input_shape: Sequence[int], mode: Mode = "re
 
     Args:
         net: the network.
-        input_shape: shape [batch, in_channels, *spatial] of an input.
+        input_shape: shape [batch, in_channels, ...] of an input.
         mode: as in `analytic_bytes`.
 
     Returns:
@@ -205,7 +205,7 @@ def report_of(net: ReversibleUNet, input_shape: Sequence[int], *, count: bool = 
 
     Args:
         net: the network, which stays as it is: a copy is run.
-        input_shape: shape [batch, in_channels, *spatial] of an input.
+        input_shape: shape [batch, in_channels, ...] of an input.
         count: run the network and count.
 
     Returns:

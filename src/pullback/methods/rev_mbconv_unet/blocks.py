@@ -161,7 +161,7 @@ class MBConv(Layer):
         """The residual, of the shape of ``x``.
 
         Args:
-            x: floating tensor [batch, channels, *spatial] with two or three spatial axes.
+            x: floating tensor [batch, channels, ...] with two or three spatial axes.
 
         Returns:
             Tensor of the same shape.

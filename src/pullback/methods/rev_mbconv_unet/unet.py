@@ -143,10 +143,10 @@ class ReversibleUNet(Layer):
         """Scores of all classes for every voxel; no sigmoid or softmax is applied.
 
         Args:
-            x: floating tensor [batch, in_channels, *spatial] with ``spatial_dims`` spatial axes of any sizes.
+            x: floating tensor [batch, in_channels, ...] with ``spatial_dims`` spatial axes of any sizes.
 
         Returns:
-            Tensor [batch, out_channels, *spatial].
+            Tensor [batch, out_channels, ...].
 
         Raises:
             TypeError: if ``x`` is no floating tensor.
@@ -215,7 +215,7 @@ class ReversibleUNet(Layer):
         """Bytes that one forward pass keeps for the backward pass, by formula and by counting.
 
         Args:
-            input_shape: shape [batch, in_channels, *spatial] of an input.
+            input_shape: shape [batch, in_channels, ...] of an input.
             count: also run the network, once as it is and once with all activations kept. A network on the device
                 ``"meta"`` is counted without memory and without time.
 
@@ -262,7 +262,7 @@ def soft_dice(
     none. An empty class that is predicted empty costs 0.
 
     Args:
-        scores: floating tensor [batch, classes, *spatial], what the network returns.
+        scores: floating tensor [batch, classes, ...], what the network returns.
         target: tensor of the same shape with values in [0, 1]: masks (bool, integer or floating), which may overlap
             with ``"sigmoid"``, or probabilities.
         activation: what turns scores into p: ``"sigmoid"``, ``"softmax"`` over classes, or ``"none"``.
@@ -286,7 +286,7 @@ def soft_dice(
     floating("scores", scores)
     if scores.shape != target.shape or scores.dim() < 3:
         raise ValueError(
-            f"target must be [batch, classes, *spatial] as scores are, got {shown(target)} for {shown(scores)}. "
+            f"target must be [batch, classes, ...] as scores are, got {shown(target)} for {shown(scores)}. "
             "Turn labels into one mask per class first."
         )
     axes = [0, *range(2, scores.dim())] if batch else list(range(2, scores.dim()))
@@ -303,7 +303,7 @@ def dice_score(prediction: Tensor, target: Tensor) -> Tensor:
     """Dice overlap 2 |A and B| / (|A| + |B|) of masks, for every example and class.
 
     Args:
-        prediction: bool tensor [batch, classes, *spatial].
+        prediction: bool tensor [batch, classes, ...].
         target: bool tensor of the same shape.
 
     Returns:
@@ -320,7 +320,7 @@ def dice_score(prediction: Tensor, target: Tensor) -> Tensor:
             )
     if prediction.shape != target.shape or target.dim() < 3:
         raise ValueError(
-            f"target must be [batch, classes, *spatial] as prediction is, got {shown(target)} for "
+            f"target must be [batch, classes, ...] as prediction is, got {shown(target)} for "
             f"{shown(prediction)}. Turn labels into one mask per class first."
         )
     axes = list(range(2, target.dim()))

@@ -267,7 +267,7 @@ class RevCol(Layer):
         state: list[Any] = [None] * self.levels
         taps: list[Tensor] = []
 
-        def column(start: int, x: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        def column(start: int, x: Tensor, *state: Tensor | None) -> tuple[Tensor, ...]:
             return tuple(self.columns.advance(state, [x], start, start + self.levels)[0])  # ty: ignore
 
         for start in range(0, len(self.columns.steps), self.levels):
