@@ -74,7 +74,8 @@ class RevCol(Layer):
     where the features on the left and :math:`c_{l+1}` are still those of the column before, and 0 in the first one.
     They can be undone, so that activations inside columns are rebuilt in the backward pass. Each step back divides by
     :math:`a_l`, whose authors' start is 0.5: rounding errors double with every column, and at 16 columns nothing is
-    left of the gradient. The features of every ``anchor_every``-th column are therefore kept.
+    left of the gradient. The features of every ``anchor_every``-th column are therefore kept. Standardise the images:
+    regions that are exactly zero while all biases are, too, magnify the rounding (see the room's page).
 
     Args:
         columns: number of columns.

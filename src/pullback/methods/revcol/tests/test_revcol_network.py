@@ -113,6 +113,14 @@ def test_rounding_errors_grow_with_columns_for_the_authors_factors_and_not_for_o
     assert off(begun(12, 1.0, anchor_every=0), x) < 1e-4 < long
 
 
+def test_black_pixels_at_the_start_need_an_anchor_in_front_of_every_column_or_standardisation():
+    black = images(4, 64)
+    black[:, :, :40] = 0.0
+    assert off(begun(4, anchor_every=0), black) > 0.1  # a trap of the method, see the page
+    assert off(begun(4, anchor_every=1), black) < 1e-4
+    assert off(begun(4, anchor_every=0), (black - 0.4) / 0.3) < 1e-3
+
+
 def test_factors_of_the_first_column_have_a_gradient_of_exactly_zero():
     for model in (net(4), net(4).set_reversible(False)):
         _, found = gradients(model, images())
@@ -149,6 +157,7 @@ def test_a_factor_of_zero_is_raised_and_the_caller_keeps_its_lists():
 def test_at_the_start_blocks_are_nearly_identities():
     torch.manual_seed(0)
     model: Any = RevCol(1, (4, 6), (1, 1), 3)
+    assert all(torch.equal(s.scale, torch.full_like(s.scale, 0.5)) for s in model.columns.steps)
     block, x = model.columns.steps[0].fn.blocks[0], draw(2, 4, 5, 5, dtype=torch.float32)
     torch.testing.assert_close(block(x), x, rtol=0, atol=1e-6)
     assert not torch.equal(block(x), x)
