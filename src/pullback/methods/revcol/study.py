@@ -386,9 +386,9 @@ DIGITS = Study(
     refuted_if="the 95 % interval of (revcol - convnext) lies below 0; one that includes 0 is the expected tie",
     cannot_test="ImageNet, detection and segmentation, and the growth to two billion parameters",
     deviations=(
-        "Not quite three passes over 4,000 digits of 32 x 32, standardised; 524 thousand parameters in four columns (no "
-        "anchor: all are rebuilt); AdamW with warm-up and cosine, no augmentation and no stochastic depth; layer scales "
-        "begin at 0.1. single is one column twice as wide, convnext one of twelve blocks with kernels of 7. "
+        "Not quite three passes over 4,000 digits of 32 x 32, standardised; 524 thousand parameters in four columns "
+        "(no anchor: all are rebuilt); AdamW with warm-up and cosine, no augmentation and no stochastic depth; layer "
+        "scales begin at 0.1. single is one column twice as wide, convnext one of twelve blocks with kernels of 7. "
         "While tuning, revcol trains without rebuilding, so that it and plain choose the same. first_column is a "
         "linear map on the first column's coarsest feature, for networks of one column on their last."
     ),
