@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from pullback.core.streams import generator
 from pullback.lab.engine.worker import CellLog
 from pullback.lab.figures import segmentation
+from pullback.lab.result import ArmResult
 from pullback.methods.rev_mbconv_unet import peak_bytes, study
 from pullback.methods.rev_mbconv_unet.study import STUDIES, Config, begun, grown, largest, mode_of
 
@@ -86,6 +88,36 @@ def test_pictures():
     assert len(np.unique(painted[~bare] - arrays["input"][0][~bare][:, None], axis=0)) > 2
     with pytest.raises(ValueError, match="labels must be"):
         segmentation.overlay(arrays["input"][0], arrays["truth"][0].T)
+
+
+class Kept:
+    """What a drawing reads of a result."""
+
+    def __init__(self, arms, arrays):
+        self.arms, self.arrays = [ArmResult(name, role, {}) for name, role in arms], arrays
+
+    def array(self, arm, name):
+        return self.arrays.get((arm, name))
+
+
+def test_drawings_of_the_page():
+    arms: Any = [("plain", "baseline"), ("checkpoint", "rival"), ("reversible", "method")]
+    small = study.Setting(side=8, batch=1, width=4, blocks=1, expansion=2, levels=2)
+    rows = {
+        (arm, "depths"): np.array([(n, *study.kept(replace(small, blocks=n), arm)) for n in (1, 2)], float)
+        for arm, _ in arms
+    }
+    result: Any = Kept(arms, rows)
+    (ax,) = segmentation.bytes_by_depth(result).axes
+    drawn = np.array([line.get_ydata() for line in ax.lines])  # formula and count of every arm
+    np.testing.assert_array_equal(drawn[::2], drawn[1::2])
+    assert drawn[4, 0] == drawn[4, 1] < drawn[0, 0] < drawn[0, 1]
+    slices = begun(SMALL, "plain", 1e-3, 100).slices()
+    result = Kept(arms, {(arm, name): a for arm in ("plain", "reversible") for name, a in slices.items()})
+    figure = segmentation.predictions(result, ("plain", "reversible"))
+    assert [ax.get_title(loc="left") for ax in figure.axes[:4]] == ["input", "truth", "plain", "reversible"]
+    with pytest.raises(LookupError, match="no arm kept"):
+        segmentation.predictions(result, ("checkpoint",))
 
 
 def test_both_arms_see_the_same_test_images():
