@@ -113,11 +113,13 @@ def test_drawings_of_the_page():
     np.testing.assert_array_equal(drawn[::2], drawn[1::2])
     assert drawn[4, 0] == drawn[4, 1] < drawn[0, 0] < drawn[0, 1]
     slices = begun(SMALL, "plain", 1e-3, 100).slices()
-    result = Kept(arms, {(arm, name): a for arm in ("plain", "reversible") for name, a in slices.items()})
-    figure = segmentation.predictions(result, ("plain", "reversible"))
+    pictures: Any = Kept(
+        arms, {(arm, name): a for arm in ("plain", "reversible") for name, a in slices.items()}
+    )
+    figure = segmentation.predictions(pictures, ("plain", "reversible"))
     assert [ax.get_title(loc="left") for ax in figure.axes[:4]] == ["input", "truth", "plain", "reversible"]
     with pytest.raises(LookupError, match="no arm kept"):
-        segmentation.predictions(result, ("checkpoint",))
+        segmentation.predictions(pictures, ("checkpoint",))
 
 
 def test_both_arms_see_the_same_test_images():
