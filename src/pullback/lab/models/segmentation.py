@@ -80,7 +80,7 @@ class Segmentation:
         return torch.stack(found).mean(0)
 
     def overlaps(self, score: Loss) -> dict[str, float]:
-        """Scores in the test block (``dice`` and its two parts), and in the one by which learning rates are chosen."""
+        """Scores in the test block (``dice``, its two parts, the loss in float64), and where rates are chosen."""
         parts = brain_tissue()
         grey, white = self.mean_score(parts.test, score).tolist()
         chosen_by = float(self.mean_score(parts.validation, score).mean())
@@ -89,6 +89,7 @@ class Segmentation:
             "grey_dice": grey,
             "white_dice": white,
             "validation_dice": chosen_by,
+            "test_loss": float(self.loss(self.predict(parts.test)[1].double(), parts.test.masks[None])),
         }
 
     def slices(self, rows: Sequence[int] = (2, 8, 14)) -> dict[str, np.ndarray]:

@@ -1,7 +1,6 @@
 """What does a reversible U-Net save, does it cost accuracy, and what is the saved memory good for?
 
-Memory is counted, not sampled: bytes kept follow from a formula that every run checks. Networks segment grey
-and white matter of a template brain, on blocks of it that they never saw.
+Memory is counted, not sampled. Networks segment grey and white matter of a template brain, in blocks they never saw.
 """
 
 from __future__ import annotations
@@ -308,11 +307,10 @@ def _draw(what: str, *arguments: Any) -> Callable[[TrialResult], Figure]:
     return draw
 
 
-VOLUME = Metric("volume_ratio", unit="times")
-DEPTH = Metric("depth_ratio", unit="times")
-WIDTH = Metric("width_ratio", unit="times")
+VOLUME, DEPTH, WIDTH = (Metric(f"{what}_ratio", unit="times") for what in ("volume", "depth", "width"))
 DICE = Metric("dice", unit="fraction")
 SELECT = Metric("validation_dice", unit="fraction")
+LOSS = Metric("test_loss", better="lower", worst=1.0)
 GAP = Metric("loss_gap", better="lower", worst=1.0)
 COST = Metric("step_cost", better="lower", unit="times", worst=10.0)
 DATA = (
@@ -348,7 +346,7 @@ MEMORY = Study(
     ),
     figures=(
         Drawing("depths", _draw("bytes_by_depth"), "Bytes kept: three levels, first width 8, e = 2."),
-        PairedSeeds(caption="Largest volume in the memory of the plain network, for every drawn setting."),
+        PairedSeeds(),
     ),
     paper=PaperResult(
         "abstract", "volume at a fixed memory", 1.0, 3.0, note="25 % more depth; up to 2x channels"
@@ -365,19 +363,20 @@ PAIRED = Study(
     run=run_paired,
     arms=Arms("plain", "reversible", rivals=(CHECKPOINT,)),
     sizes={"smoke": Config(steps=2, gap_steps=1, timed=1, width=4, levels=2), "full": Config()},
-    primary=DICE,
+    primary=LOSS,
     hp={"*": {"lr": 4e-3}},
     claim=Equivalent("reversible", than="plain", within=0.005),
     also=(
+        Equivalent("reversible", than="plain", within=0.005, metric=DICE),
         Equivalent("reversible", than="plain", within=1e-3, metric=GAP),
         Equivalent("reversible", than="plain", within=0.8, metric=COST),
     ),
     figures=(SLICES, PairedSeeds(), Curves("loss")),
     paper=PaperResult("abstract", "no loss of accuracy is implied; no Dice was available"),
-    refuted_if="the difference in Dice leaves 0.005, losses part by 1e-3 in 20 steps, or a step costs over 1.8 times",
+    refuted_if="test losses differ by 0.005, losses of the first 20 steps by 1e-3, or a step costs over 1.8 times",
     deviations=DATA
-    + "One learning rate for all arms, which are one network; nothing is tuned. The cost of a step is "
-    "processor time of this machine and differs from run to run.",
+    + "One learning rate for all arms, which are one network; nothing is tuned. The primary metric is "
+    "the loss, which moves where no voxel changes its class. Costs are processor time and differ from run to run.",
 )
 BUDGET = Study(
     **SHARED,
