@@ -35,7 +35,9 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def named_layers(model: nn.Module, wanted: Iterable[str] | None) -> dict[str, Any]:
+def named_layers(
+    model: nn.Module, wanted: Iterable[str] | None, *, fix: str = "The unit Fisher is defined for these."
+) -> dict[str, Any]:
     """The layers named in ``wanted``, or all linear and convolutional ones, in the order of the model.
 
     Raises:
@@ -48,7 +50,7 @@ def named_layers(model: nn.Module, wanted: Iterable[str] | None) -> dict[str, An
         if not found:
             raise ValueError(
                 f"model must hold a Linear, Conv1d, Conv2d or Conv3d layer, got {type(model).__name__} without one. "
-                "The unit Fisher is defined for these."
+                f"{fix}"
             )
         return found
     if isinstance(wanted, str):
@@ -61,7 +63,7 @@ def named_layers(model: nn.Module, wanted: Iterable[str] | None) -> dict[str, An
             raise ValueError(
                 f"layers must name modules of the model, got {name!r}. It has {shown(', '.join(known)[2:])}."
             )
-        instance(f"layers: {name!r}", known[name], LAYERS, fix="The unit Fisher is defined for these.")
+        instance(f"layers: {name!r}", known[name], LAYERS, fix=fix)
     return {name: module for name, module in known.items() if name in set(names)}
 
 

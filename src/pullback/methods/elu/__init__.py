@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pullback.core.swapping import functional_calls, swap_activations
+from pullback.core.activation_swap import functional_calls, swap_activations
 from pullback.methods.elu.gains import LReLU, SReLU, activation_gain, activation_moments, init_gain_
 from pullback.methods.elu.probe import BiasShiftProbe
 from pullback.methods.elu.shift import BiasShiftReport, LayerShift, median_variance

@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from pullback.core.checks import choice, instance, positive, shown
-from pullback.core.layer_rows import LAYERS
+from pullback.core.layer_rows import named_layers
 from pullback.core.streams import generator
 
 Activation: TypeAlias = nn.Module | Callable[[Tensor], Tensor]
@@ -271,7 +271,7 @@ def init_gain_(
     instance("model", model, nn.Module)
     mode = choice("mode", mode, ("fan_in", "fan_out"))
     factor = activation_gain(activation) if gain is None else positive("gain", gain)
-    found = _chosen(model, layers)
+    found = named_layers(model, layers, fix="Initialise your own layers with activation_gain.")
     for name, layer in found.items():  # all are looked at before the first one is changed
         _plain(name, layer)
     seen: set[int] = set()
@@ -294,30 +294,6 @@ def _fan(layer: Any, mode: str) -> int:
     if mode == "fan_in":
         return max(1, weight.shape[1] * receptive)
     return max(1, weight.shape[0] // getattr(layer, "groups", 1) * receptive)
-
-
-def _chosen(model: nn.Module, layers: Iterable[str] | None) -> dict[str, Any]:
-    known = dict(model.named_modules())
-    if layers is None:
-        found = {name: module for name, module in known.items() if isinstance(module, LAYERS)}
-        if not found:
-            raise ValueError(
-                f"model must hold a Linear or Conv layer, got {type(model).__name__} without one. "
-                "Initialise your own layers with activation_gain."
-            )
-        return found
-    if isinstance(layers, str):
-        raise TypeError(f"layers must be names of layers, got the string {layers!r}. Write ({layers!r},).")
-    wanted = list(layers)
-    if not wanted:
-        raise ValueError("layers must name at least one layer, got none. Pass None for all layers.")
-    for name in wanted:
-        if name not in known:
-            raise ValueError(
-                f"layers must name modules of the model, got {name!r}. Known: {shown(list(known)[1:])}"
-            )
-        instance(f"layers[{name!r}]", known[name], LAYERS)
-    return {name: known[name] for name in wanted}
 
 
 def _plain(name: str, layer: Any) -> None:

@@ -128,7 +128,7 @@ def test_a_function_and_large_and_small_scales():
         (
             lambda: init_gain_(nn.ReLU(), nn.ELU()),
             ValueError,
-            "model must hold a Linear or Conv layer, got ReLU",
+            "model must hold a Linear, Conv1d, Conv2d or Conv3d layer, got ReLU",
         ),
         (lambda: untyped_init(3, nn.ELU()), TypeError, "model must be of type Module"),
         (
