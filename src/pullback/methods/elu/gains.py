@@ -162,7 +162,13 @@ def _values(f: Activation, points: Tensor) -> Tensor:
     """``f`` at ``points``, in float64 where it can be; modules as in evaluation, so that nothing is random."""
     if isinstance(f, nn.Module):
         f = copy.deepcopy(f).to("cpu", torch.float64).eval()
-    values = f(points.clone())
+    try:
+        values = f(points.clone())
+    except (RuntimeError, IndexError) as error:  # a layer of given width, for example
+        raise ValueError(
+            f"activation must map every entry by itself, got {shown(f)}, which does not take a vector of any length. "
+            "Pass an elementwise function such as nn.ELU()."
+        ) from error
     if not isinstance(values, Tensor) or values.shape != points.shape:
         raise ValueError(
             f"activation must map every entry by itself, got {shown(values)} for a tensor of shape "

@@ -137,6 +137,7 @@ def test_a_function_and_large_and_small_scales():
             "mode must be one of 'fan_in'",
         ),
         (lambda: init_gain_(nn.Linear(2, 2), nn.ELU(), gain=-1.0), ValueError, "gain must be > 0, got -1"),
+        (lambda: activation_gain(nn.Linear(2, 2)), ValueError, "does not take a vector of any length"),
         (lambda: init_gain_(nn.Linear(2, 2), nn.ELU(), layers=["a"]), ValueError, "layers must name modules"),
         (lambda: init_gain_(nn.Linear(2, 2), nn.ELU(), layers="a"), TypeError, "layers must be names"),
         (
