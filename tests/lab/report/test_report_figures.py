@@ -114,6 +114,33 @@ def test_an_svg_is_deterministic_and_undated():
     assert "var(--fig-method,#1d5fb4)" in first
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "shown"),
+    [(1e-7, 1e2, {"10⁻⁶", "0.01", "1"}), (0.12, 0.45, {"0.2", "0.3", "0.4"}), (1e5, 1e9, {"10⁶", "10⁸"})],
+)
+def test_powers_on_logarithmic_axes_are_plain_text(low, high, shown):
+    figure, (left, right) = panels(2)
+    left.plot([low, high], [low, high])
+    left.set(xscale="log", yscale="log")
+    right.plot([1, 64], [1, 2])
+    right.set_xscale("log", base=2)
+    svg = to_svg(figure, prefix="powers", label="powers")
+    texts = set(re.findall(r"<(?:\w+:)?text[^>]*>([^<]*)<", svg))
+    assert shown <= texts
+    assert "2⁴" in texts
+    assert "mathdefault" not in svg
+
+
+def test_formatters_of_a_drawing_stay_and_other_text_is_left():
+    figure, (ax,) = panels(1)
+    ax.plot([1, 1000], [1, 2])
+    ax.set(xscale="log", title=r"$\mathdefault{x}$")
+    ax.xaxis.set_major_formatter(lambda value, _: f"<{value:g}>")
+    svg = to_svg(figure, prefix="own", label="own")
+    assert "&lt;100&gt;" in svg
+    assert r"$\mathdefault{x}$" in svg
+
+
 def test_a_drawing_must_be_a_figure():
     with pytest.raises(FigureError, match="must return a matplotlib Figure, got int"):
         to_svg(3, prefix="p", label="x")  # ty: ignore[invalid-argument-type]

@@ -21,6 +21,7 @@ from pullback.lab.figures.style import (
     UNIT,
     style,
 )
+from pullback.lab.figures.ticks import write_powers_plainly
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -87,6 +88,7 @@ def to_svg(figure: Figure, *, prefix: str, label: str) -> str:
     with style(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"Glyph \d+")  # shown in the page's own font
         warnings.filterwarnings("ignore", message=r"Matplotlib currently does not support")
+        write_powers_plainly(figure)
         if figure.get_layout_engine() is not None:  # lay out once; saving alone would do it several times
             figure.draw_without_rendering()
             figure.set_layout_engine("none")
