@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -148,6 +147,32 @@ def equivalence_p(difference: np.ndarray, within: float) -> float:
     from statsmodels.stats.weightstats import ttost_paired
 
     return float(ttost_paired(difference, np.zeros_like(difference), -within, within)[0])
+
+
+def family_p(c: Comparison, alpha: float = ALPHA) -> float:
+    """The p value with which a claim enters a correction over many claims.
+
+    The exact sign-flip test of ``n`` seeds cannot go below ``2 ** -n``. Corrected over ``m`` claims that is
+    ``m * 2 ** -n``: with 8 seeds no effect, however large, would survive among 13 claims. A claim of superiority
+    therefore enters with the one-sided paired t test that belongs to its interval; the exact test has to be passed
+    beside it, uncorrected, for the word 'supported'. A claim of equivalence enters with its own p.
+
+    Args:
+        c: a comparison of `paired_comparison`.
+        alpha: the level that its interval was made for.
+
+    Returns:
+        The p value; NaN where there is none.
+    """
+    if c.kind != "greater" or not math.isfinite(c.p):
+        return c.p
+    from scipy import stats
+
+    half = (c.high - c.low) / 2
+    if half == 0:  # the same difference in every seed: such a comparison is 'not tested'
+        return math.nan
+    t = (c.difference - c.margin) / half * stats.t.ppf(1 - alpha / 2, c.n - 1)
+    return float(stats.t.sf(t, c.n - 1))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -301,12 +326,3 @@ def _gap(trial: Trial, metric: Metric, means: Mapping[str, float]) -> list[str]:
         return []
     ends = f"from {trial.arms.baseline} to {ceiling}"
     return [f"{trial.arms.method} closes {100 * closed:.0f} % of the gap {ends}."]
-
-
-def with_holm(comparisons: Sequence[Comparison], alpha: float = ALPHA) -> list[Comparison]:
-    """The comparisons with Holm-adjusted p values; 'supported' becomes 'inconclusive' where it does not survive."""
-    kept = []
-    for c, p in zip(comparisons, holm([c.p for c in comparisons]), strict=True):
-        lost = c.word == "supported" and not p < alpha
-        kept.append(replace(c, p=p, word="inconclusive" if lost else c.word))
-    return kept

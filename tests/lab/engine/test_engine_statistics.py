@@ -12,12 +12,12 @@ from pullback.lab import Arms, Equivalent, Greater, Metric, Trial
 from pullback.lab.statistics import (
     compare,
     equivalence_p,
+    family_p,
     gap_closed,
     holm,
     paired_comparison,
     sign_flip_p,
     verdict,
-    with_holm,
 )
 
 UP, DOWN = Metric("m"), Metric("m", better="lower", worst=1.0)
@@ -109,12 +109,39 @@ def test_holm_against_statsmodels_and_by_hand():
     assert holm([]) == []
 
 
-def test_holm_takes_back_what_does_not_survive():
+def test_a_claim_enters_a_family_with_the_t_test_of_its_interval():
+    rng = np.random.default_rng(2)
+    a, b = rng.normal(0.6, 1.0, 9), rng.normal(0.0, 1.0, 9)
+    for metric, sign in ((UP, 1), (DOWN, -1)):
+        for margin in (0.0, 0.2, -0.3):
+            c = paired_comparison(Greater("a", than="b", by=margin), scores(a), scores(b), metric)
+            expected = stats.ttest_1samp(sign * (a - b), margin, alternative="greater").pvalue
+            assert family_p(c) == pytest.approx(expected, rel=1e-9)
+    c = paired_comparison(CLAIM, scores(a), scores(b), UP, alpha=0.1)
+    assert family_p(c, alpha=0.1) == pytest.approx(stats.ttest_rel(a, b, alternative="greater").pvalue)
+
+
+def test_equivalence_enters_a_family_with_its_own_p():
+    noise = 0.01 * np.random.default_rng(3).normal(size=8)
+    c = paired_comparison(Equivalent("a", "b", within=0.1), scores(noise), scores(np.zeros(8)), UP)
+    assert family_p(c) == c.p
+
+
+def test_no_p_no_place_in_the_family():
+    flat = paired_comparison(CLAIM, scores([1.0] * 8), scores([0.0] * 8), UP)
+    assert flat.word == "not tested"
+    assert math.isnan(family_p(flat))
+    assert math.isnan(family_p(paired_comparison(CLAIM, scores([1.0]), scores([0.0]), UP)))
+
+
+def test_among_many_claims_a_clear_one_survives_and_a_weak_one_does_not():
     a, b = pair(np.random.default_rng(0), 8, 1.5)
-    found = paired_comparison(CLAIM, a, b, UP)
-    assert found.word == "supported"
-    assert with_holm([found])[0].word == "supported"
-    assert {c.word for c in with_holm([found] * 40)} == {"inconclusive"}
+    weak = paired_comparison(CLAIM, a, b, UP)
+    clear = paired_comparison(CLAIM, scores(np.array(list(b.values())) + 9 + np.arange(8)), b, UP)
+    assert weak.word == clear.word == "supported"
+    assert clear.p * 40 > 0.05, "the exact test alone could not survive 40 claims"
+    assert holm([family_p(clear)] * 40)[0] < 0.05
+    assert holm([family_p(weak)] * 40)[0] > 0.05
 
 
 # --- what cannot be tested ----------------------------------------------------------------------------------------

@@ -113,7 +113,8 @@ def _row(key: str, result: TrialResult, fact: Any, page: str, adjusted: str) -> 
 def holm_words(mains: Mapping[str, TrialResult]) -> dict[str, str]:
     """Verdict of every room after Holm's correction over all tested rooms.
 
-    A room stays 'supported' only if its p value survives the correction; other words cannot become stronger.
+    A room stays 'supported' only if its claim survives the correction (`pullback.lab.statistics.family_p`); other
+    words cannot become stronger.
 
     Args:
         mains: main trial by room.
@@ -126,12 +127,10 @@ def holm_words(mains: Mapping[str, TrialResult]) -> dict[str, str]:
         for room, r in mains.items()
         if (c := main_comparison(r)) is not None and c.word != "not tested"
     }
-    usable = [room for room, c in tested.items() if math.isfinite(c.p)]
     words = {room: r.verdict.word for room, r in mains.items()}
-    if not usable:
-        return {room: str(word) for room, word in words.items()}
-    adjust = importlib.import_module("pullback.lab.statistics").holm
-    adjusted = dict(zip(usable, adjust([tested[room].p for room in usable]), strict=True))
+    statistics = importlib.import_module("pullback.lab.statistics")
+    p_values = statistics.holm([statistics.family_p(c) for c in tested.values()])
+    adjusted = {room: p for room, p in zip(tested, p_values, strict=True) if math.isfinite(p)}
     return {
         room: "inconclusive"
         if word == "supported" and not float(adjusted.get(room, 1.0)) < 0.05

@@ -311,8 +311,7 @@ STUDIES: tuple[Study, ...] = (
         paper=PaperResult(
             "table of zero-shot averages, 400M",
             "400M parameters, 30B tokens, mean of five zero-shot tasks",
-            0.4969, 0.5157,
-            note="1.5B: 53.71 to 56.55 %; 3.2B: 56.69 to 58.56 %",
+            note="accuracy, not nats: 49.69 to 51.57 %; 1.5B: 53.71 to 56.55 %; 3.2B: 56.69 to 58.56 %",
         ),
         refuted_if="Pre-LN at its best rate has a lower test loss than Peri-LN at its best rate",
         deviations=DEVIATIONS,
