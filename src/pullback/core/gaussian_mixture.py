@@ -179,7 +179,8 @@ class MixtureDenoiser(GaussianField):
         gaps, variances, shares = self._parts(x, at)
         x0 = (shares.unsqueeze(-1) * self._means(at, gaps, variances)).sum(1)
         eps = at.sigma * (shares.unsqueeze(-1) * self.mixture._back(gaps / variances)).sum(1)
-        return Prediction(x, at.dalpha * x0 + at.dsigma * eps, "v", at)  # from v the other readings are safe
+        velocity = at.dalpha * x0 + at.dsigma * eps  # from v all other readings are safe
+        return Prediction(x, velocity.to(x.dtype), "v", at)
 
     def posterior(self, x: Tensor, t: Number) -> tuple[Tensor, Tensor]:
         """Mean [batch, D] and covariance [batch, D, D] of the data given the states ``x`` [batch, D] at time ``t``."""

@@ -12,6 +12,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from pullback.core.forward_mode import directional
+
 Four: TypeAlias = tuple[Any, Any, Any, Any]
 """alpha, sigma and their derivatives by time."""
 
@@ -74,6 +76,6 @@ def ve_time(level: Any, m: Any) -> Any:
 def own(alpha: Any, sigma: Any, t: Any, _m: Any) -> Four:
     """A user's schedule, differentiated by forward mode; numbers pass through float64 on the host."""
     point = t if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64)
-    found = [torch.func.jvp(each, (point,), (torch.ones_like(point),)) for each in (alpha, sigma)]
+    found = [directional(each, (point,), (torch.ones_like(point),)) for each in (alpha, sigma)]
     four = (found[0][0], found[1][0], found[0][1], found[1][1])
     return four if isinstance(t, Tensor) else tuple(map(float, four))  # ty: ignore[invalid-explicit-return]

@@ -38,7 +38,7 @@ class Denoiser(nn.Module, GaussianField):
         net: the network.
         path: the path.
         predicts: what the network's output is: "eps", "x0", "score" or "v" (the velocity alpha' x0 + sigma' eps);
-            "edm": the raw F of x0 = c_skip x + c_out F(c_in x, log(sigma / alpha) / 4); "v_angle": alpha eps - sigma x0,
+            "edm": F of x0 = c_skip x + c_out F(c_in x, log(sigma / alpha) / 4); "v_angle": alpha eps - sigma x0,
             called v-prediction by Salimans and Ho and by diffusers.
         sigma_data: standard deviation of the data, for "edm".
         null: for every condition the value that means "none", for example ``{"y": 10}`` where labels are 0 to 9; a
@@ -123,8 +123,8 @@ class Denoiser(nn.Module, GaussianField):
             generator: where times, noise and dropout come from; another one on every rank.
             eps: the noise, in the shape of ``x0``, unless it is to be drawn.
             weight: "uniform": 1 in the form that the network predicts. "eps", "x0", "score", "v": 1 in that form,
-                whatever the network predicts. "elbo": -d log_snr / dt in the form of eps. "edm": (s^2 + sd^2) / (s sd)^2 in the
-                form of x0, with s = sigma / alpha. Or a function that gives the weight of eps from `Coefficients`.
+                whatever the network predicts. "elbo": -d log_snr / dt in the form of eps. "edm": (s^2 + sd^2) / (s sd)^2
+                in the form of x0, with s = sigma / alpha. Or a function that gives the weight of eps from `Coefficients`.
             dropout: chance of a row's conditions to be replaced by ``null``.
             reduction: "none" gives the loss of every row, [batch].
             **cond: conditions, handed to the network.

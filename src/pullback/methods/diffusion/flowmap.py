@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from pullback.core.buffers import ExactBuffers
 from pullback.core.checks import choice, fraction, instance, integer, non_negative, positive
 from pullback.core.field_network import call_network, per_row, state_of
+from pullback.core.forward_mode import directional
 from pullback.core.gaussian_path import GaussianPath, Number
 from pullback.core.kinds.field import Field
 from pullback.core.prediction import GaussianField, edm_coefficients
@@ -153,7 +155,7 @@ class MeanFlow(FlowMap):
 
         if how == "forward":
             with sdpa_kernel(SDPBackend.MATH):
-                return torch.func.jvp(average, (x, s), (velocity, torch.ones_like(s)))[1]
+                return directional(average, (x, s), (velocity, torch.ones_like(s)))[1]
         step = torch.finfo(x.dtype).eps ** (1 / 3)
         ahead = average(x + step * velocity, s + step)
         return (ahead - average(x - step * velocity, s - step)) / (2 * step)
@@ -188,7 +190,7 @@ class MeanFlow(FlowMap):
         return x
 
 
-class ConsistencyMap(FlowMap):
+class ConsistencyMap(ExactBuffers, FlowMap):
     """A network for the jump to the data, ``f(x, s) = c_skip x + c_out F``, which is the identity at s = 0 by its form.
 
     Coefficients are those of `edm_coefficients`; the network is called as F = ``net(c_in x, s, **cond)``.
@@ -206,7 +208,7 @@ class ConsistencyMap(FlowMap):
         super().__init__(net, path)
         self.sigma_data = positive("sigma_data", sigma_data)
         self.levels = integer("levels", levels, minimum=2)
-        times = torch.tensor(path.grid(self.levels, "karras"), dtype=torch.float64)
+        times = torch.tensor(path.grid(self.levels, "karras"))
         self.times: Tensor
         self.register_buffer("times", times, persistent=False)
 

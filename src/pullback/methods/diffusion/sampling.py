@@ -50,8 +50,8 @@ def sample(
     """Samples of a model, by the probability flow or its stochastic twin.
 
     Calls of the model for N steps: N for "ddim", "euler", "dpmpp_2m", "unipc" and "sde"; 2N for "heun" and "edm", 4N
-    for "rk4", where a last step to sigma = 0 takes one call: 2N - 1 and 4N - 3. No graph is kept and the model stays in the
-    mode it is in: call ``eval()`` first where it has dropout or batch normalisation.
+    for "rk4", where a last step to sigma = 0 takes one call: 2N - 1 and 4N - 3. No graph is kept and the model stays in
+    the mode it is in: call ``eval()`` first where it has dropout or batch normalisation.
 
     Args:
         model: a `Denoiser`, a guided one, or the exact model of a mixture.

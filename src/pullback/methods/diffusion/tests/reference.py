@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 
@@ -19,7 +20,7 @@ def coefficients(name, t):
     total, rate = 0.1 * t + 19.9 * t**2 / 2, 0.1 + 19.9 * t
     alpha = math.exp(-total / 2)
     sigma = math.sqrt(1 - alpha**2)
-    return alpha, sigma, -rate / 2 * alpha, rate / 2 * alpha**2 / sigma
+    return alpha, sigma, -rate / 2 * alpha, rate / 2 * alpha**2 / sigma if sigma else math.inf
 
 
 def level(name, t):
@@ -79,7 +80,7 @@ def ancestral(x, s, t, x0, name, z):
 def dpmpp_2m(x, times, predict_x0, name):
     """x_t = (sigma_t / sigma_s) x - alpha_t (e^-h - 1) D."""
     x0_before = h_before = None
-    for s, t in zip(times[:-1], times[1:], strict=True):
+    for s, t in pairwise(times):
         _, sigma_s, _, _ = coefficients(name, s)
         alpha_t, sigma_t, _, _ = coefficients(name, t)
         x0 = predict_x0(x, s)
@@ -96,7 +97,7 @@ def unipc(x, times, predict_x0, name):
     """Predictor and corrector of order 2 in data form, with the 2 x 2 system solved by torch."""
     older = h_before = None
     m0 = predict_x0(x, times[0])
-    for i, (s, t) in enumerate(zip(times[:-1], times[1:], strict=True)):
+    for i, (s, t) in enumerate(pairwise(times)):
         _, sigma_s, _, _ = coefficients(name, s)
         alpha_t, sigma_t, _, _ = coefficients(name, t)
         final = i == len(times) - 2
@@ -127,7 +128,7 @@ def unipc(x, times, predict_x0, name):
 
 def edm_heun(x, levels, denoise):
     """Algorithm 1 of Karras et al. without churn: levels falling to 0, ``denoise(x, sigma)``."""
-    for high, low in zip(levels[:-1], levels[1:], strict=True):
+    for high, low in pairwise(levels):
         slope = (x - denoise(x, high)) / high
         moved = x + (low - high) * slope
         if low > 0:
