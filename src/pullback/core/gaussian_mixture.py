@@ -54,12 +54,10 @@ class GaussianMixture:
             )
         self.vectors: Tensor | None = None
         if covariances is None:
-            stds = stds if isinstance(stds, Tensor) else torch.tensor(finite("stds", stds))
-            stds = (
-                stds.to(means).reshape(-1, *[1] * (stds.dim() == 1)).expand(count, size)
-                if stds.dim() < 2
-                else stds
-            )
+            if not isinstance(stds, Tensor):
+                stds = torch.tensor(finite("stds", stds), dtype=means.dtype)
+            if stds.dim() < 2:
+                stds = stds.reshape(-1, 1).expand(count, size)
             floating("stds", stds, shape=(count, size))
             self.variances = stds.to(means).square()
         else:
