@@ -59,7 +59,7 @@ class GaussianMixture:
             if stds.dim() < 2:
                 stds = stds.reshape(-1, 1).expand(count, size)
             floating("stds", stds, shape=(count, size))
-            self.variances = stds.to(means).square()
+            self.variances = stds.to(means) * stds.to(means).abs()  # a negative one stays visible
         else:
             floating("covariances", covariances, shape=(count, size, size))
             self.variances, self.vectors = torch.linalg.eigh(covariances.to(means))
@@ -72,7 +72,7 @@ class GaussianMixture:
         if not sound:
             raise ValueError(
                 "means must be finite, standard deviations (or eigenvalues of covariances) and weights positive, got "
-                f"smallest variance {float(self.variances.min()):.4g} and weight {float(weights.min()):.4g}. "
+                f"smallest signed variance {float(self.variances.min()):.4g} and weight {float(weights.min()):.4g}. "
                 "Add a little to the diagonal, and leave out components without weight."
             )
         self.log_weights = (weights / weights.sum()).to(means).log()

@@ -175,6 +175,15 @@ class GaussianPath:
         """
         return cls._made(f"GaussianPath.ve(end={end:g})", rules.ve, rules.ve_time, end, first, end)
 
+    def within(self, first: float, last: float) -> GaussianPath:
+        """The same path with other bounds for training and sampling.
+
+        Args:
+            first: smallest positive time that training and sampling use.
+            last: largest time that training and sampling use.
+        """
+        return self._made(self._name, self._rule, self._inverse, self.end, first, last)
+
     # --- values -------------------------------------------------------------------------------------------------------
 
     def __repr__(self) -> str:
