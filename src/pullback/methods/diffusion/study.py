@@ -277,7 +277,7 @@ DIVERSITY = Metric("diversity")
 SELECT = Metric("select")
 FOUR = math.log10(4.0)
 SEEDS = Seeds(TEST_SEEDS, tune=(100,))
-RATES = Choice((3e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2))
+RATES = Choice((1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2))
 SAMPLES = Drawing("samples", draw_samples, "1,000 samples of every arm, one seed.")
 
 SOLVERS = Study(
