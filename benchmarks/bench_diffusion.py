@@ -1,4 +1,4 @@
-"""Cost of samplers beside the schedulers of diffusers: time per step, agreement, calls, error; cost of MeanFlow's loss."""
+"""Samplers beside the schedulers of diffusers: time per step, agreement and error; cost of the losses."""
 
 from __future__ import annotations
 

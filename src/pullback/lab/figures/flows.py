@@ -40,7 +40,7 @@ def solver_errors(result: TrialResult, calls: tuple[int, ...], paths: tuple[str,
 
 
 def trajectories(result: TrialResult, arm: str) -> Figure:
-    """Paths of samples in the plane beside the straight lines between their ends; array ``trajectory`` [times, n, 2]."""
+    """Ways of samples in the plane beside straight lines between their ends; array ``trajectory`` [times, n, 2]."""
     figure, (ax,) = panels(1, height=3.4)
     states = result.array(arm, "trajectory")
     if states is not None:

@@ -1,8 +1,9 @@
-"""Toys for generative models: a ring of Gaussians, small digits, a perceptron with times and labels, distances of samples."""
+"""Toys for generative models: a ring of Gaussians, small digits, a perceptron with times and labels, distances."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -66,6 +67,53 @@ def energy_distance(first: Tensor, second: Tensor) -> float:
     """2 E|X - Y| - E|X - X'| - E|Y - Y'| between two samples [n, D] and [m, D], never negative."""
     within = torch.cdist(first, first).mean() + torch.cdist(second, second).mean()
     return max(float(2 * torch.cdist(first, second).mean() - within), 0.0)
+
+
+def closeness(samples: Tensor, real: Tensor) -> float:
+    """-log10 of the energy distance between two samples."""
+    return -math.log10(max(energy_distance(samples, real), 1e-6))
+
+
+def train(
+    model: Any,
+    data: Callable[[torch.Generator, int], tuple[Tensor, dict[str, Tensor]]],
+    steps: int,
+    lr: float,
+    draws: torch.Generator,
+    *,
+    batch: int = 256,
+    **options: Any,
+) -> None:
+    """Adam on ``model.loss`` with a rate that falls linearly to zero.
+
+    Args:
+        model: has parameters and ``loss(x0, generator=..., **cond, **options)``.
+        data: ``data(draws, batch)`` gives examples and conditions.
+        steps: number of steps.
+        lr: first rate.
+        draws: where data, times and noise come from.
+        batch: examples of a step.
+        **options: of the loss.
+    """
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
+        x0, cond = data(draws, batch)
+        optimizer.zero_grad()
+        model.loss(x0, generator=draws, **cond, **options).backward()
+        optimizer.step()
+
+
+def ring_batch(draws: torch.Generator, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Fresh points of the ring."""
+    return ring().sample(batch, generator=draws), {}
+
+
+def digit_batch(draws: torch.Generator, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Digits of training and their labels."""
+    digits = small_digits()[0]
+    rows = torch.randint(len(digits.y), (batch,), generator=draws)
+    return digits.x[rows], {"y": digits.y[rows]}
 
 
 @dataclass(frozen=True)

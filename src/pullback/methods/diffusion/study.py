@@ -1,7 +1,7 @@
-"""Do solvers keep their order, do four predictions train alike, does a flow map sample in one call, what does guidance cost?
+"""Do solvers keep their order, do four predictions train alike, does a flow map sample in one call, what is guidance?
 
-Four trials: solvers on exact mixtures, without any training; one small network trained as noise, data, score or velocity
-with matched and with uniform weights; flow matching against flow maps in few calls; digits with labels and guidance.
+Four trials: solvers on exact mixtures, without any training; one small network trained as noise, data, score or
+velocity with matched and with uniform weights; flow matching against flow maps; digits with labels and guidance.
 """
 
 from __future__ import annotations
@@ -44,9 +44,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TEST_SEEDS = tuple(range(200, 208))
-PAPER = PaperResult(
-    "the monograph", "theory and survey", note="no benchmark of its own: identities, and orders of accuracy"
-)
+PAPER = PaperResult("the monograph", "theory and survey, no benchmark of its own")
 
 
 # --- solvers ----------------------------------------------------------------------------------------------------------
@@ -107,33 +105,21 @@ def run_solvers(cfg: SolverConfig, arm: str, hp: Hyperparameters, seed: int, log
     return {"digits": float(digits[:, AT].mean()), "order": float(np.median(slopes)), **found}
 
 
-# --- one training loop ------------------------------------------------------------------------------------------------
-
-
-def train(model: Any, data: Any, steps: int, lr: float, seed: int, batch: int = 256, **options: Any) -> None:
-    """Adam with a rate that falls linearly to zero; ``data(draws, batch)`` gives the arguments of the loss."""
-    optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
-    draws = generator("diffusion.study.train", seed)
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
-        x0, cond = data(draws, batch)
-        optimizer.zero_grad()
-        model.loss(x0, generator=draws, **cond, **options).backward()
-        optimizer.step()
-
-
-def closeness(samples: Tensor, seed: int, part: str) -> float:
-    """-log10 of the energy distance to fresh points of the ring."""
-    real = flows.ring().sample(len(samples), generator=generator(f"diffusion.study.{part}", seed))
-    return -math.log10(max(flows.energy_distance(samples, real), 1e-6))
-
-
-def ring_batch(draws: torch.Generator, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """Fresh points of the ring."""
-    return flows.ring().sample(batch, generator=draws), {}
-
-
 # --- predictions ------------------------------------------------------------------------------------------------------
+
+
+TRAIN = "diffusion.study.train"  # the stream of data, times and noise of training
+
+
+def judged(samples: Tensor, seed: int) -> dict[str, float]:
+    """Closeness to fresh points of the ring, for the test and for tuning."""
+    parts = {"closeness": "test", "select": "validation"}
+    return {
+        name: flows.closeness(
+            samples, flows.ring().sample(len(samples), generator=generator(f"ring.{part}", seed))
+        )
+        for name, part in parts.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -151,13 +137,15 @@ def run_predictions(
     """Train one form; arms of a seed share weights, data, times and noise of training, and the noise of samples."""
     kind: Any
     kind, _, uniform = arm.partition("-")
-    path = GaussianPath.cosine().within(0.02, 0.98)
+    path, draws = GaussianPath.cosine().within(0.02, 0.98), generator(TRAIN, seed)
     model = Denoiser(flows.Perceptron(2, cfg.width, seed=seed), path, kind)
-    train(model, ring_batch, cfg.steps, float(hp["lr"]), seed, weight="uniform" if uniform else "eps")
+    flows.train(
+        model, flows.ring_batch, cfg.steps, float(hp["lr"]), draws, weight="uniform" if uniform else "eps"
+    )
     found = sample(model, (cfg.samples, 2), steps=30, seed=seed)
     if seed == TEST_SEEDS[0]:
         log.array("samples", found[:1000].numpy())
-    return {"closeness": closeness(found, seed, "test"), "select": closeness(found, seed, "validation")}
+    return judged(found, seed)
 
 
 # --- few calls --------------------------------------------------------------------------------------------------------
@@ -166,22 +154,23 @@ def run_predictions(
 def run_few(cfg: RingConfig, arm: str, hp: Hyperparameters, seed: int, log: Log) -> Mapping[str, float]:
     """Train flow matching or a flow map; arms of a seed share weights and data of training."""
     path, lr, shape = GaussianPath.linear(), float(hp["lr"]), (cfg.samples, 2)
+    draws = generator(TRAIN, seed)
     name, _, calls = arm.partition("-")
     net = flows.Perceptron(2, cfg.width, times=2 if name == "meanflow" else 1, seed=seed)
     if name == "fm":
         model: Any = Denoiser(net, path, "v")
-        train(model, ring_batch, cfg.steps, lr, seed)
+        flows.train(model, flows.ring_batch, cfg.steps, lr, draws)
         steps = int(calls or 1)
         found = sample(model, shape, solver="euler", grid="uniform", start=1.0, steps=steps, seed=seed)
     else:
         flow_map: Any = MeanFlow if name == "meanflow" else ConsistencyMap
         model = flow_map(net, path) if name == "meanflow" else flow_map(net, path, sigma_data=1.07)
         options = {"same": 0.75, "derivative": "difference"} if name == "meanflow" else {}
-        train(model, ring_batch, cfg.steps, lr, seed, **options)
+        flows.train(model, flows.ring_batch, cfg.steps, lr, draws, **options)
         found = model.sample(shape, steps=int(calls or 1), seed=seed)
     if seed == TEST_SEEDS[0]:
         log.array("samples", found[:1000].numpy())
-    return {"closeness": closeness(found, seed, "test"), "select": closeness(found, seed, "validation")}
+    return judged(found, seed)
 
 
 # --- guidance ---------------------------------------------------------------------------------------------------------
@@ -196,20 +185,13 @@ class DigitConfig:
     samples: int = 40
 
 
-def digit_batch(draws: torch.Generator, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """Digits of training and their labels."""
-    digits = flows.small_digits()[0]
-    rows = torch.randint(len(digits.y), (batch,), generator=draws)
-    return digits.x[rows], {"y": digits.y[rows]}
-
-
 def run_guidance(
     cfg_: DigitConfig, arm: str, hp: Hyperparameters, seed: int, log: Log
 ) -> Mapping[str, float]:
     """Train with dropped labels and sample with guidance; arms of a seed share the training and the noise."""
-    net = flows.Perceptron(64, cfg_.width, labels=True, seed=seed)
+    net, draws = flows.Perceptron(64, cfg_.width, labels=True, seed=seed), generator(TRAIN, seed)
     model = Denoiser(net, GaussianPath.cosine(), "v", null={"y": flows.NONE})
-    train(model, digit_batch, cfg_.steps, float(hp["lr"]), seed, batch=128, dropout=0.1)
+    flows.train(model, flows.digit_batch, cfg_.steps, float(hp["lr"]), draws, batch=128, dropout=0.1)
     labels = torch.arange(10).repeat(cfg_.samples)
     strength = 1.0 if arm == "cold" else float(arm.removeprefix("w"))
     noise = torch.randn(len(labels), 64, generator=generator("diffusion.study.noise", seed))
@@ -313,7 +295,7 @@ SOLVERS = Study(
     paper=PAPER,
     refuted_if="the error of DPM-Solver++(2M) at 16 calls is not below a quarter of DDIM's, on average or on a path",
     cannot_test="networks and images: the field here is exact, so that nothing but the solver errs",
-    deviations="Times .98 to .02, and sigma 4 to .02 on the VE path; mixtures of two components drawn for every seed; "
+    deviations="Times .98 to .02, sigma 4 to .02 on the VE path; mixtures of two components drawn for every seed; "
     "Heun takes half the steps. Nothing is tuned, because no arm has anything to tune.",
 )
 
@@ -341,8 +323,8 @@ PREDICTIONS = Study(
     paper=PAPER,
     refuted_if="the energy distances of velocity and noise differ by a factor of 1.5 or more",
     cannot_test="images, and whether large networks depend less on the form",
-    deviations="Ring of eight Gaussians, 1,000 steps of batch 256, times .02 to .98 on the cosine path. Matched weights "
-    "are those of uniform noise prediction, so that noise has no arm of its own with uniform weights.",
+    deviations="Ring of eight Gaussians, 1,000 steps of batch 256, times .02 to .98 on the cosine path. Matched "
+    "weights are those of uniform noise prediction, so that noise has no arm of its own with uniform weights.",
 )
 
 FEW = Study(
@@ -365,7 +347,8 @@ FEW = Study(
     ),
     figures=(PairedSeeds(), SAMPLES),
     paper=PAPER,
-    refuted_if="MeanFlow's energy distance in one call is above a twentieth of flow matching's, or above that of four calls",
+    refuted_if="MeanFlow's energy distance in one call is above a twentieth of flow matching's in one, or above that "
+    "of flow matching in four",
     cannot_test="images, where one call is still worse than many",
     deviations="1,500 steps of batch 256 for every arm, where a step of MeanFlow takes about 1.4 times as long (its "
     "derivative by central differences, which gave the same distances as forward mode on the tuning seed); three "
@@ -409,9 +392,9 @@ GUIDANCE = Study(
     paper=PAPER,
     refuted_if="guidance of strength 2 does not raise the accuracy of a separate classifier above that of strength 1",
     cannot_test="FID and images of ordinary size",
-    deviations="Digits of 8 x 8 pixels, a perceptron, 1,200 steps; no average of weights, because the rate falls to zero. "
-    "The rival cold samples with strength 1 from noise of a lower temperature. Tuning adds to a second judge's accuracy "
-    "the share of the real digits' diversity.",
+    deviations="Digits of 8 x 8 pixels, a perceptron, 1,200 steps; no average of weights, because the rate falls to "
+    "zero. The rival cold samples with strength 1 from noise of a lower temperature. Tuning adds to a second judge's "
+    "accuracy the share of the real digits' diversity.",
 )
 
 STUDIES: tuple[Study, ...] = (SOLVERS, PREDICTIONS, FEW, GUIDANCE)

@@ -70,10 +70,6 @@ def test_exact_jumps_compose_end_where_the_flow_does_and_stand_still_at_once(nam
     torch.testing.assert_close(near, flow.average_velocity(x, s, s), rtol=1e-4, atol=1e-4)
 
 
-class Drawn(MeanFlow):
-    """Remembers what its loss draws."""
-
-
 @pytest.mark.parametrize("derivative", ["forward", "difference"])
 @pytest.mark.parametrize("same", [0.0, 0.5, 1.0])
 def test_the_loss_is_the_literal_one_and_its_target_has_no_gradient(same, derivative):
@@ -106,7 +102,7 @@ def test_the_loss_is_the_literal_one_and_its_target_has_no_gradient(same, deriva
 def test_adaptive_weights_divide_by_the_detached_error():
     path, x0 = GaussianPath.linear(), points(6)
     flow = MeanFlow(Toy(2, times=2).double(), path)
-    alone = [flow.loss(x0[i : i + 1], generator=seeded(9), same=1.0) for i in range(1)][0]
+    alone = flow.loss(x0[:1], generator=seeded(9), same=1.0)
     weighted = flow.loss(x0[:1], generator=seeded(9), same=1.0, power=1.0, small=1e-3)
     error = 2 * alone.detach()  # the sum over two entries
     torch.testing.assert_close(weighted.detach(), alone.detach() / (error + 1e-3))

@@ -1,4 +1,4 @@
-"""Guidance: affine in every form, exact posteriors where they are known, gradients per sample, one call for both halves."""
+"""Guidance: affine in every form, exact posteriors where known, gradients per sample, one call for both halves."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from itertools import pairwise
 
 import pytest
 import torch
@@ -53,7 +54,7 @@ def test_solvers_are_the_literal_ones(name, solver, terminal):
     found = sample(model, x=x, solver=solver, grid=times)
     if solver == "ddim":
         wanted = x
-        for s, t in zip(times[:-1], times[1:], strict=True):
+        for s, t in pairwise(times):
             wanted = reference.ddim(wanted, s, t, predict(wanted, s), name) if t else predict(wanted, s)
     else:
         rule = reference.dpmpp_2m if solver == "dpmpp_2m" else reference.unipc
