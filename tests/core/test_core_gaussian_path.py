@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+from itertools import pairwise
 
 import pytest
 import torch
@@ -76,7 +77,7 @@ def test_grids_fall_from_start_to_stop_in_equal_steps_of_their_kind(name, kind):
     start, stop = 0.9 * path.last, 0.1 * path.last
     grid = path.grid(8, kind, start=start, stop=stop)
     assert (grid[0], grid[-1], len(grid)) == (start, stop, 9)
-    assert all(t < s for s, t in zip(grid[:-1], grid[1:], strict=True))
+    assert all(t < s for s, t in pairwise(grid))
     scale = {
         "logsnr": path.log_snr,
         "uniform": lambda t: t,

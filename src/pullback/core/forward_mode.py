@@ -26,4 +26,5 @@ def directional(
     with warnings.catch_warnings():
         # torch scripts some of its own derivatives at their first use, and warns about doing so.
         warnings.filterwarnings("ignore", message=".*torch.jit", category=DeprecationWarning)
-        return torch.func.jvp(function, tuple(at), tuple(along))
+        value, derivative, *_ = torch.func.jvp(function, tuple(at), tuple(along))
+        return value, derivative

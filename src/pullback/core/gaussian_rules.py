@@ -56,7 +56,7 @@ def vp(b0: float, b1: float, t: Any, m: Any) -> Four:
 def vp_time(b0: float, b1: float, level: Any, m: Any) -> Any:
     """Time of a level: the positive root of a quadratic."""
     if isinstance(level, Tensor):
-        total = -torch.nn.functional.logsigmoid(2.0 * level)
+        total: Any = -torch.nn.functional.logsigmoid(level * 2.0)
     else:
         total = math.log1p(math.exp(-2.0 * level)) if level > -300 else -2.0 * level
     return 2.0 * total / (b0 + m.sqrt(b0 * b0 + 2.0 * (b1 - b0) * total))

@@ -42,6 +42,7 @@ class Perceptron(nn.Module):
     ) -> None:
         super().__init__()
         waves = torch.tensor([1.0, 2.0, 4.0]) * (math.pi / 2)
+        self.waves: Tensor
         self.register_buffer("waves", waves, persistent=False)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(generator("perceptron", seed).initial_seed() % 2**63)

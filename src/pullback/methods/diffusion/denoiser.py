@@ -124,8 +124,8 @@ class Denoiser(nn.Module, GaussianField):
             eps: the noise, in the shape of ``x0``, unless it is to be drawn.
             weight: "uniform": 1 in the form that the network predicts. "eps", "x0", "score", "v": 1 in that form,
                 whatever the network predicts. "elbo": -d log_snr / dt in the form of eps. "edm":
-                (s^2 + sd^2) / (s sd)^2 in the form of x0, with s = sigma / alpha. Or a function that gives the weight in
-                the form of eps from `Coefficients`.
+                (s^2 + sd^2) / (s sd)^2 in the form of x0, with s = sigma / alpha. Or a function of `Coefficients`,
+                the weight in the form of eps.
             dropout: chance of a row's conditions to be replaced by ``null``.
             reduction: "none" gives the loss of every row, [batch].
             **cond: conditions, handed to the network.

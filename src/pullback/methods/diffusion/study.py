@@ -77,8 +77,8 @@ def run_solvers(cfg: SolverConfig, arm: str, hp: Hyperparameters, seed: int, log
     stds = 0.3 + 0.3 * torch.rand(2, generator=draws, dtype=torch.float64)
     mixture = GaussianMixture(means, stds)
     noise = torch.randn(cfg.points, 2, generator=draws, dtype=torch.float64)
-    solver: Any
-    solver, _, kind = arm.partition("-")
+    parts: Any = arm.partition("-")
+    solver, _, kind = parts
     errors = []
     for name in PATHS:
         path, start, stop = path_of(name)
@@ -87,17 +87,14 @@ def run_solvers(cfg: SolverConfig, arm: str, hp: Hyperparameters, seed: int, log
         (exact,) = integrate(lambda state, t, model=model: [model(state[0], t).velocity], [x], times, "rk4")
         row = []
         for calls in CALLS:
-            times = path.grid(
-                calls // (2 if solver == "heun" else 1), kind or "logsnr", start=start, stop=stop
-            )
+            steps = calls // (2 if solver == "heun" else 1)
+            times = path.grid(steps, kind or "logsnr", start=start, stop=stop)
             row.append(float((sample(model, x=x, solver=solver, grid=times) - exact).norm(dim=1).mean()))
         errors.append(row)
     log.array("errors", np.asarray(errors))
     if seed == TEST_SEEDS[0] and arm == "dpmpp_2m":
-        path, start, stop = path_of("linear")
-        states = sample(
-            mixture.denoiser(path), x=noise[:24], grid=path.grid(40, start=start, stop=stop), trajectory=True
-        )
+        model = mixture.denoiser(GaussianPath.linear())
+        states = sample(model, x=noise[:24], steps=40, start=0.98, stop=0.02, trajectory=True)
         log.array("trajectory", states.numpy())
     digits = -np.log10(np.maximum(errors, 1e-15))
     slopes = [np.polyfit(np.log(CALLS), -np.log(np.maximum(row, 1e-15)), 1)[0] for row in errors]
@@ -135,8 +132,8 @@ def run_predictions(
     cfg: RingConfig, arm: str, hp: Hyperparameters, seed: int, log: Log
 ) -> Mapping[str, float]:
     """Train one form; arms of a seed share weights, data, times and noise of training, and the noise of samples."""
-    kind: Any
-    kind, _, uniform = arm.partition("-")
+    parts: Any = arm.partition("-")
+    kind, _, uniform = parts
     path, draws = GaussianPath.cosine().within(0.02, 0.98), generator(TRAIN, seed)
     model = Denoiser(flows.Perceptron(2, cfg.width, seed=seed), path, kind)
     flows.train(
@@ -165,7 +162,7 @@ def run_few(cfg: RingConfig, arm: str, hp: Hyperparameters, seed: int, log: Log)
     else:
         flow_map: Any = MeanFlow if name == "meanflow" else ConsistencyMap
         model = flow_map(net, path) if name == "meanflow" else flow_map(net, path, sigma_data=1.07)
-        options = {"same": 0.75, "derivative": "difference"} if name == "meanflow" else {}
+        options: dict[str, Any] = {"same": 0.75, "derivative": "difference"} if name == "meanflow" else {}
         flows.train(model, flows.ring_batch, cfg.steps, lr, draws, **options)
         found = model.sample(shape, steps=int(calls or 1), seed=seed)
     if seed == TEST_SEEDS[0]:
@@ -287,8 +284,8 @@ SOLVERS = Study(
         Drawing(
             "trajectories",
             draw_trajectories,
-            "The flow of a mixture on the linear path, beside straight lines (dotted): every noisy pair moves straight, "
-            "the flow of all does not.",
+            "The flow of a mixture on the linear path, beside straight lines (dotted): noisy pairs move straight, the "
+            "flow of all does not.",
         ),
         PairedSeeds(),
     ),

@@ -79,7 +79,7 @@ def ancestral(x, s, t, x0, name, z):
 
 def dpmpp_2m(x, times, predict_x0, name):
     """x_t = (sigma_t / sigma_s) x - alpha_t (e^-h - 1) D."""
-    x0_before = h_before = None
+    x0_before, h_before = None, math.nan
     for s, t in pairwise(times):
         _, sigma_s, _, _ = coefficients(name, s)
         alpha_t, sigma_t, _, _ = coefficients(name, t)
@@ -95,7 +95,7 @@ def dpmpp_2m(x, times, predict_x0, name):
 
 def unipc(x, times, predict_x0, name):
     """Predictor and corrector of order 2 in data form, with the 2 x 2 system solved by torch."""
-    older = h_before = None
+    older, h_before = None, math.nan
     m0 = predict_x0(x, times[0])
     for i, (s, t) in enumerate(pairwise(times)):
         _, sigma_s, _, _ = coefficients(name, s)

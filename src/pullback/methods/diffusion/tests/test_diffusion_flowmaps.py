@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -147,11 +149,11 @@ def test_an_operation_without_a_forward_derivative_needs_differences():
             return x**3
 
         @staticmethod
-        def backward(ctx, grad):
+        def backward(ctx, grad):  # ty: ignore[incompatible-method-override]
             return grad * 3 * ctx.saved_tensors[0] ** 2
 
     class Net(Toy):
-        def forward(self, x, s, t):
+        def forward(self, x, s, t):  # ty: ignore[incompatible-method-override]
             return Cube.apply(super().forward(x, s, t))
 
     flow = MeanFlow(Net(2, times=2).double(), GaussianPath.linear())
@@ -164,7 +166,7 @@ def test_the_network_is_called_once_with_a_graph_and_once_on_the_rows_that_need_
     calls = []
 
     class Watching(Toy):
-        def forward(self, x, s, t):
+        def forward(self, x, s, t):  # ty: ignore[incompatible-method-override]
             calls.append((len(x), torch.is_grad_enabled()))
             return super().forward(x, s, t)
 
@@ -278,8 +280,9 @@ def test_times_and_arguments_outside_are_refused():
     x = torch.zeros(2, 2)
     with pytest.raises(ValueError, match=r"t must lie in \[0, 1\] .* got 1.5"):
         flow(x, 1.5, 0.0)
+    loss: Any = flow.loss  # takes arguments that make no sense
     for changed in ({"same": 1.5}, {"power": -1.0}, {"derivative": "double"}):
         with pytest.raises(ValueError, match="got"):
-            flow.loss(x, generator=seeded(), **changed)
+            loss(x, generator=seeded(), **changed)
     with pytest.raises(ValueError, match=r"t must be 0 for a consistency map, got 0.5"):
         ConsistencyMap(Toy(2), GaussianPath.linear())(x, 0.9, 0.5)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -118,7 +120,8 @@ def test_missing_labels_are_refused(call, words):
 
 def test_guidance_of_what_knows_no_null_labels_is_refused():
     with pytest.raises(TypeError, match=r"model must be of type Denoiser, got MixtureDenoiser\. Guide"):
-        cfg(GaussianMixture(MEANS, STDS).denoiser(GaussianPath.cosine()), 1.0, {"y": LABELS})
+        wrong: Any = GaussianMixture(MEANS, STDS).denoiser(GaussianPath.cosine())
+        cfg(wrong, 1.0, {"y": LABELS})
     with pytest.raises(TypeError, match=r"cond must be empty for a mixture, got \['y'\]"):
         sample(GaussianMixture(MEANS, STDS).denoiser(GaussianPath.cosine()), (6, 2), cond={"y": LABELS})
 

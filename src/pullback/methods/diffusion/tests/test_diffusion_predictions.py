@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -263,7 +265,8 @@ def test_random_numbers_need_a_generator_and_dropout_needs_labels_and_null():
     with pytest.raises(ValueError, match=r"null must give .* got none for \['y'\]"):
         model.loss(x, generator=g, dropout=0.1, y=torch.zeros(4, dtype=torch.long))
     with pytest.raises(ValueError, match=r"weight must be one of"):
-        model.loss(x, generator=g, weight="snr")
+        loss: Any = model.loss
+        loss(x, generator=g, weight="snr")
 
 
 def test_dropped_labels_become_the_null_label_at_the_stated_rate():

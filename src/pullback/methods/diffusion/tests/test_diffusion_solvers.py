@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -90,6 +91,7 @@ def peer(solver, path, times, x, model):
     """The scheduler of `diffusers` on our path and grid, driven as its own pipelines do."""
     import diffusers
 
+    scheduler: Any
     flow = repr(path) == "GaussianPath.linear()"
     options = {
         "prediction_type": "sample",
@@ -294,7 +296,7 @@ def test_grids_that_make_no_sense_are_refused(grid, words):
     ],
 )
 def test_arguments_that_make_no_sense_are_refused(changed, words):
-    given = {"shape": (2, 2), **changed}
+    given: dict[str, Any] = {"shape": (2, 2), **changed}
     with pytest.raises(ValueError, match=words):
         sample(MIXTURE.denoiser(GaussianPath.linear()), **given)
 
@@ -352,7 +354,7 @@ def test_likelihood_calls_the_model_as_often_as_stated(solver, stages):
     calls = []
 
     class Counting(Toy):
-        def forward(self, x, t):
+        def forward(self, x, t):  # ty: ignore[incompatible-method-override]
             calls.append(None)
             return super().forward(x, t)
 
