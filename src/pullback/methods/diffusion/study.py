@@ -333,7 +333,9 @@ FEW = Study(
     primary=CLOSE,
     sizes={"smoke": RingConfig(4, 16, 64), "full": RingConfig(1500)},
     hp={"*": {"lr": 4e-3}},
-    tune=Tune(trials=7, select=SELECT, shared={"lr": RATES}),
+    tune=Tune(
+        trials=7, select=SELECT, shared={"lr": Choice((2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2, 0.128))}
+    ),
     seeds=SEEDS,
     timeout=300.0,
     claim=Greater("meanflow", than="fm", by=math.log10(20.0)),
@@ -364,7 +366,7 @@ GUIDANCE = Study(
     tune=Tune(
         trials=14,
         select=SELECT,
-        shared={"lr": Choice((5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2))},
+        shared={"lr": Choice((1e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3))},
         only={"cold": {"temperature": Choice((0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0))}},
     ),
     seeds=SEEDS,

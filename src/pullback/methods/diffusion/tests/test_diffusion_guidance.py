@@ -119,8 +119,8 @@ def test_missing_labels_are_refused(call, words):
 
 
 def test_guidance_of_what_knows_no_null_labels_is_refused():
+    wrong: Any = GaussianMixture(MEANS, STDS).denoiser(GaussianPath.cosine())
     with pytest.raises(TypeError, match=r"model must be of type Denoiser, got MixtureDenoiser\. Guide"):
-        wrong: Any = GaussianMixture(MEANS, STDS).denoiser(GaussianPath.cosine())
         cfg(wrong, 1.0, {"y": LABELS})
     with pytest.raises(TypeError, match=r"cond must be empty for a mixture, got \['y'\]"):
         sample(GaussianMixture(MEANS, STDS).denoiser(GaussianPath.cosine()), (6, 2), cond={"y": LABELS})

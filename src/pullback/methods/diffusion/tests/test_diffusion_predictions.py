@@ -264,8 +264,8 @@ def test_random_numbers_need_a_generator_and_dropout_needs_labels_and_null():
         model.loss(x, generator=g, dropout=0.1)
     with pytest.raises(ValueError, match=r"null must give .* got none for \['y'\]"):
         model.loss(x, generator=g, dropout=0.1, y=torch.zeros(4, dtype=torch.long))
+    loss: Any = model.loss
     with pytest.raises(ValueError, match=r"weight must be one of"):
-        loss: Any = model.loss
         loss(x, generator=g, weight="snr")
 
 

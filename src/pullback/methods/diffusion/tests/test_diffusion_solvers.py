@@ -91,7 +91,7 @@ def peer(solver, path, times, x, model):
     """The scheduler of `diffusers` on our path and grid, driven as its own pipelines do."""
     import diffusers
 
-    scheduler: Any
+    library: Any = diffusers
     flow = repr(path) == "GaussianPath.linear()"
     options = {
         "prediction_type": "sample",
@@ -101,9 +101,9 @@ def peer(solver, path, times, x, model):
     }
     if solver == "dpmpp_2m":
         options["final_sigmas_type"] = "zero" if times[-1] == 0.0 else "sigma_min"
-        scheduler = diffusers.DPMSolverMultistepScheduler(**options, lower_order_final=False)
+        scheduler = library.DPMSolverMultistepScheduler(**options, lower_order_final=False)
     else:
-        scheduler = diffusers.UniPCMultistepScheduler(**options, solver_type="bh2", predict_x0=True)
+        scheduler = library.UniPCMultistepScheduler(**options, solver_type="bh2", predict_x0=True)
     at = [path(t) for t in times]
     levels = [c.sigma if flow else c.sigma / c.alpha for c in at]
     scheduler.set_timesteps(len(times) - 1)
