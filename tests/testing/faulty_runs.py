@@ -21,6 +21,7 @@ from good_runs import (
     GoodSearch,
     LearnedField,
     Slope,
+    follow,
 )
 from sklearn.base import BaseEstimator, ClassifierMixin
 from torch.utils.checkpoint import checkpoint

@@ -22,20 +22,23 @@ def mean_array(result: TrialResult, arm: str, name: str) -> np.ndarray | None:
 
 
 def solver_errors(result: TrialResult, calls: tuple[int, ...], paths: tuple[str, ...]) -> Figure:
-    """Error against calls of the model, one panel for each path; arrays ``errors`` [paths, calls]."""
-    figure, axes = panels(len(paths), columns=len(paths), height=3.2)
+    """Digits right, -log10 of the error, against calls of the model; arrays ``errors`` [paths, calls], a panel each."""
+    figure, axes = panels(len(paths), columns=len(paths), height=3.6, share=True)
     colours = arm_colours(result.arms)
     for arm in result.arms:
         errors = mean_array(result, arm.name, "errors")
         if errors is None:
             continue
-        for ax, row in zip(axes, errors, strict=True):
-            style = "--" if arm.name.endswith("uniform") else "-"
-            ax.loglog(calls[: len(row)], row, style, marker=".", color=colours[arm.name], label=arm.name)
+        style = "--" if arm.name.endswith("uniform") else "-"
+        for ax, row in zip(axes, -np.log10(np.maximum(errors, 1e-15)), strict=True):
+            ax.plot(range(len(calls)), row, style, marker=".", color=colours[arm.name], label=arm.name)
     for ax, path in zip(axes, paths, strict=True):
         ax.set(title=path, xlabel="calls of the model")
-    axes[0].set(ylabel="mean distance to the exact end")
-    axes[0].legend(fontsize=7)
+        ax.set_xticks(range(len(calls)), [str(count) for count in calls])
+    axes[0].set(ylabel="-log10 of the mean error")
+    handles, labels = axes[0].get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside upper center", ncols=3)
     return figure
 
 
@@ -83,7 +86,8 @@ def image_rows(result: TrialResult, name: str = "images") -> Figure:
     for arm in result.arms:
         images = result.array(arm.name, name)
         if images is not None:
-            rows, columns, height, width = images.shape
-            mosaics.append(images.transpose(0, 2, 1, 3).reshape(rows * height, columns * width))
+            apart = np.pad(images, ((0, 0), (0, 0), (1, 1), (1, 1)), constant_values=90)  # a grey frame
+            rows, columns, height, width = apart.shape
+            mosaics.append(apart.transpose(0, 2, 1, 3).reshape(rows * height, columns * width))
             titles.append(arm.name)
     return image_grid(mosaics, titles, columns=2)

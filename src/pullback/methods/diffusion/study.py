@@ -361,7 +361,7 @@ GUIDANCE = Study(
     run=run_guidance,
     arms=Arms("w1", "w2", rivals=("cold",), others=("w0", "w4")),
     primary=ACCURACY,
-    sizes={"smoke": DigitConfig(4, 16, 4), "full": DigitConfig(1200)},
+    sizes={"smoke": DigitConfig(4, 16, 5), "full": DigitConfig(1200)},
     hp={"*": {"lr": 2e-3, "temperature": 0.8}},
     tune=Tune(
         trials=14,

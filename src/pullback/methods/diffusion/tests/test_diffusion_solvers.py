@@ -46,10 +46,11 @@ def steps_of(path, steps, kind="logsnr"):
 @pytest.mark.parametrize("name", PATHS)
 @pytest.mark.parametrize("solver", ["ddim", "dpmpp_2m", "unipc"])
 @pytest.mark.parametrize("terminal", [False, True])
-def test_solvers_are_the_literal_ones(name, solver, terminal):
+@pytest.mark.parametrize("kind", ["logsnr", "uniform"], ids=["equal steps", "unequal steps"])
+def test_solvers_are_the_literal_ones(name, solver, terminal, kind):
     path = PATHS[name]()
     model = MIXTURE.denoiser(path)
-    times = steps_of(path, 7) + ([0.0] if terminal else [])
+    times = steps_of(path, 7, kind) + ([0.0] if terminal else [])
     x = noise() * path(times[0]).sigma
     predict = lambda state, t: model(state, t).x0  # noqa: E731
     found = sample(model, x=x, solver=solver, grid=times)
@@ -117,11 +118,13 @@ def peer(solver, path, times, x, model):
 
 @pytest.mark.parametrize("name", ["cosine", "linear", "vp"])
 @pytest.mark.parametrize("solver", ["dpmpp_2m", "unipc"])
-@pytest.mark.parametrize("terminal", [False, True])
-def test_samples_equal_those_of_diffusers(name, solver, terminal):
+@pytest.mark.parametrize(
+    ("terminal", "kind"), [(False, "logsnr"), (True, "logsnr"), (False, "uniform"), (True, "karras")]
+)
+def test_samples_equal_those_of_diffusers(name, solver, terminal, kind):
     path = PATHS[name]()
     model = MIXTURE.denoiser(path)
-    times = steps_of(path, 11) + ([0.0] if terminal else [])
+    times = steps_of(path, 11, kind) + ([0.0] if terminal else [])
     x = noise(64)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
