@@ -15,6 +15,10 @@ from pullback.methods.dann import DomainAdversarialLoss as DomainAdversarialLoss
 from pullback.methods.dann import GradientReversal as GradientReversal
 from pullback.methods.dann import ShallowDANN as ShallowDANN
 from pullback.methods.dann import proxy_a_distance as proxy_a_distance
+from pullback.methods.diffusion import Denoiser as Denoiser
+from pullback.methods.diffusion import GaussianPath as GaussianPath
+from pullback.methods.diffusion import MeanFlow as MeanFlow
+from pullback.methods.diffusion import sample as sample
 from pullback.methods.elu import BiasShiftProbe as BiasShiftProbe
 from pullback.methods.elu import activation_gain as activation_gain
 from pullback.methods.elu import init_gain_ as init_gain_
@@ -75,8 +79,10 @@ __all__ = [
     "ConflictMonitor",
     "ConflictResolver",
     "CouplingStep",
+    "Denoiser",
     "DomainAdversarialLoss",
     "FeatureBank",
+    "GaussianPath",
     "GradientAnnealing",
     "GradientConductor",
     "GradientHistograms",
@@ -84,6 +90,7 @@ __all__ = [
     "GradientReversal",
     "LayerNoise",
     "MBConv",
+    "MeanFlow",
     "ModifiedMLP",
     "MomentumWriter",
     "NonFiniteError",
@@ -120,6 +127,7 @@ __all__ = [
     "precondition_input",
     "proxy_a_distance",
     "replace_linear",
+    "sample",
     "schedules",
     "shallow_",
     "soft_dice",

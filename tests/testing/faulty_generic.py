@@ -158,9 +158,9 @@ class Terse(GoodField):
 FAULTS = (
     fault("docstring", FIELD, Undocumented),
     fault("readable_repr", FIELD, Unreadable),
-    fault("independent_instances", FIELD, Shared, also="deep_copy global_generators"),
+    fault("independent_instances", FIELD, Shared, also="deep_copy global_generators solve_repeats"),
     fault("deep_copy", FIELD, Singleton),
-    fault("global_generators", FIELD, Drawing),
+    fault("global_generators", FIELD, Drawing, also="solve_repeats"),
     fault("inputs_left_alone", FIELD, Editing),
     fault("modes_and_hooks", SIGNAL, Training),
     fault("tensors_in_state", LAYER, PlainTensor),

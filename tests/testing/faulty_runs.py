@@ -8,6 +8,7 @@ from faults import fault
 from faulty_modules import VmappedIdentity
 from good_runs import (
     FIELD,
+    LEARNED_FIELD,
     LEARNER,
     PROBE,
     RECOMPUTE,
@@ -18,6 +19,9 @@ from good_runs import (
     GoodProbe,
     GoodRecompute,
     GoodSearch,
+    LearnedField,
+    Slope,
+    follow,
 )
 from sklearn.base import BaseEstimator, ClassifierMixin
 from torch.utils.checkpoint import checkpoint
@@ -275,11 +279,48 @@ class Doubled(GoodField):
         return super().__call__(x).double()
 
 
+class DoubledSlope(LearnedField):
+    """Answers in float64, inside its dataclass."""
+
+    def forward(self, x, t):
+        return Slope(super().forward(x, t).value.double())
+
+
 class Mixed(GoodField):
     """Lets the rows of a batch talk."""
 
     def __call__(self, x):
         return super().__call__(x) + (1e-3 * (x - x.mean(0)) if len(x) else 0.0)
+
+
+class Aligned(LearnedField):
+    """Multiplies times along the features instead of the rows, where there is one for each."""
+
+    def forward(self, x, t):
+        if isinstance(t, torch.Tensor) and t.dim() and len(t):
+            return Slope(super().forward(x, t).value * (1.0 + 1e-3 * t[0]))
+        return super().forward(x, t)
+
+
+class MixedSlope(LearnedField):
+    """Lets the rows of a batch talk, inside its dataclass."""
+
+    def forward(self, x, t):
+        return Slope(super().forward(x, t).value + (1e-3 * (x - x.mean(0)) if len(x) else 0.0))
+
+
+def follow_once_more(field, steps):
+    field(torch.ones(2, 1, dtype=torch.float64), 0.0)
+    return follow(field, steps)
+
+
+def follow_with_graph(field, steps):
+    with torch.enable_grad():
+        return follow.__wrapped__(field, steps)
+
+
+def follow_with_noise(field, steps):
+    return follow(field, steps) + 1e-9 * torch.rand(2, 1)
 
 
 def euler(field, steps):
@@ -320,8 +361,14 @@ FAULTS = (
     fault("scikit_learn", LEARNER, Forgetful),
     fault("predictions_without_graph", LEARNER, Grown),
     fault("field_closed_form", FIELD, solution=SOLUTION[:1, None] * 0.5, order=None),
-    fault("solver_order", FIELD, solve=euler, tolerance=0.01),
+    fault("solver_order", FIELD, solve=euler, tolerance=0.01, evaluations=None),
     fault("conversions_invert", FIELD, conversions=lambda field, x: [(x, field(x))]),
     fault("field_dtypes", FIELD, Doubled),
     fault("rows_apart", FIELD, Mixed, also="conversions_invert"),
+    fault("rows_apart", LEARNED_FIELD, MixedSlope),
+    fault("field_dtypes", LEARNED_FIELD, DoubledSlope),
+    fault("times_broadcast", LEARNED_FIELD, Aligned),
+    fault("field_evaluations", LEARNED_FIELD, solve=follow_once_more),
+    fault("solve_keeps_no_graph", LEARNED_FIELD, solve=follow_with_graph),
+    fault("solve_repeats", LEARNED_FIELD, solve=follow_with_noise),
 )

@@ -4,6 +4,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
@@ -138,6 +139,38 @@ class GoodField(Field):
         return f"{type(self).__name__}(rate={self.rate})"
 
 
+class LearnedField(nn.Module, Field):
+    """A linear field with a weight, whose value is a dataclass."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(-1.0))
+
+    def forward(self, x, t):
+        t = t.reshape(-1, 1) if isinstance(t, torch.Tensor) else t
+        return Slope(self.weight.to(x.dtype) * x / (1.0 + t))
+
+
+@dataclass(frozen=True)
+class Slope:
+    """The value of `LearnedField`."""
+
+    value: torch.Tensor
+
+
+def timed(generator, dtype):
+    rows = torch.randn(4, 8, generator=generator, dtype=torch.float64)
+    return rows.to(dtype), torch.rand(4, generator=generator, dtype=torch.float64).to(dtype)
+
+
+@torch.no_grad()
+def follow(field, steps):
+    x, h = torch.ones(2, 1, dtype=torch.float64), 1.0 / steps
+    for step in range(steps):
+        x = x + h * field(x, step * h).value
+    return x
+
+
 def midpoint(field, steps):
     x, h = torch.ones(2, 1, dtype=torch.float64), 1.0 / steps
     for _ in range(steps):
@@ -166,5 +199,15 @@ FIELD = Case(
     solve=midpoint,
     solution=torch.full((2, 1), -1.0, dtype=torch.float64).exp(),
     order=2,
+    evaluations=lambda steps: 2 * steps,
     conversions=lambda field, x: [(x, field(x) / -field.rate)],
+)
+LEARNED_FIELD = Case(
+    name="LearnedField",
+    kind="field",
+    build=LearnedField,
+    inputs=timed,
+    time=1,
+    solve=follow,
+    evaluations=lambda steps: steps,
 )

@@ -43,6 +43,7 @@ def test_the_check_finds_its_fault(planted):
     outcome = run_check(CHECKS[planted.check], planted.case)
     assert outcome.status == "failed"
     assert outcome.message
+    assert "NameError" not in outcome.message  # the fault itself must run
 
 
 @pytest.mark.parametrize("planted", PLANTED)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from good_modules import AGGREGATOR, LAYER, OBJECTIVE, SIGNAL
-from good_runs import FIELD, LEARNER, PROBE, RECOMPUTE, SEARCH
+from good_runs import FIELD, LEARNED_FIELD, LEARNER, PROBE, RECOMPUTE, SEARCH
 from good_steps import OPTIMIZER, TRANSFORM
 from sklearn.naive_bayes import GaussianNB
 
@@ -11,6 +11,7 @@ from pullback.testing import KINDS, check_component
 
 GOOD = (
     SIGNAL, AGGREGATOR, TRANSFORM, OPTIMIZER, OBJECTIVE, RECOMPUTE, PROBE, SEARCH, LAYER, LEARNER, FIELD,
+    LEARNED_FIELD,
 )  # fmt: skip
 
 

@@ -66,6 +66,9 @@ class Case:
         accuracy: learner: share of the toy that ``predict`` must get right after ``steps``; None: no classifier.
         solve: field: ``solve(component, steps) -> Tensor``, the value reached with that many solver steps.
         order: field: order of accuracy of ``solve``.
+        coarse: field: number of steps beside twice as many, between which ``order`` is measured.
+        evaluations: field: ``evaluations(steps)``, how often ``solve`` calls the component for that many steps.
+        time: field: position among ``inputs`` of the time, one for each row; one time for all rows must do as well.
         conversions: field: ``conversions(component, *inputs)`` gives pairs (original, there and back).
         bad: constructions that must be refused with a ValueError or TypeError that names argument and value.
         refuses: check id -> reason, added to the component's own ``refuses``.
@@ -92,6 +95,9 @@ class Case:
     accuracy: float | None = 0.9
     solve: Callable[[Any, int], Tensor] | None = None
     order: float | None = None
+    coarse: int = 8
+    evaluations: Callable[[int], int] | None = None
+    time: int | None = None
     conversions: Callable[..., Any] | None = None
     bad: tuple[Callable[[], Any], ...] = ()
     refuses: Mapping[str, str] = field(default_factory=dict)
