@@ -23,6 +23,10 @@ from pullback.methods.elu import BiasShiftProbe as BiasShiftProbe
 from pullback.methods.elu import activation_gain as activation_gain
 from pullback.methods.elu import init_gain_ as init_gain_
 from pullback.methods.elu import swap_activations as swap_activations
+from pullback.methods.eqprop import EnergyFunction as EnergyFunction
+from pullback.methods.eqprop import EquilibriumProp as EquilibriumProp
+from pullback.methods.eqprop import HopfieldConvNet as HopfieldConvNet
+from pullback.methods.eqprop import HopfieldMLP as HopfieldMLP
 from pullback.methods.gcond import ConflictResolver as ConflictResolver
 from pullback.methods.gcond import GradientConductor as GradientConductor
 from pullback.methods.gcond import MomentumWriter as MomentumWriter
@@ -81,6 +85,8 @@ __all__ = [
     "CouplingStep",
     "Denoiser",
     "DomainAdversarialLoss",
+    "EnergyFunction",
+    "EquilibriumProp",
     "FeatureBank",
     "GaussianPath",
     "GradientAnnealing",
@@ -88,6 +94,8 @@ __all__ = [
     "GradientHistograms",
     "GradientNoise",
     "GradientReversal",
+    "HopfieldConvNet",
+    "HopfieldMLP",
     "LayerNoise",
     "MBConv",
     "MeanFlow",

@@ -258,6 +258,47 @@ class Grown(GoodLearner):
         return super().predict(x).double().requires_grad_()
 
 
+class Tracing(GoodLearner):
+    """Finds its scores with an autograd graph that it does not need."""
+
+    def scores(self, x):
+        self.weight.requires_grad_()
+        score = super().scores(x).sigmoid().logit()
+        self.weight.requires_grad_(False)
+        return score.detach()
+
+
+class Paired(GoodLearner):
+    """Needs two examples for its loss."""
+
+    def step(self, batch):
+        return {"loss": super().step(batch)["loss"] + 0.0 * batch[0].std(0).sum().item()}
+
+
+class Hollow(GoodLearner):
+    """Learns from nothing."""
+
+    def admit(self, x):
+        if len(x):
+            super().admit(x)
+
+    def step(self, batch):
+        return super().step(batch) if len(batch[0]) else {"loss": 0.0}
+
+
+class Late(GoodLearner):
+    """Looks at the batch when it has learned from it."""
+
+    def admit(self, x):
+        if not len(x):
+            super().admit(x)
+
+    def step(self, batch):
+        losses = super().step(batch)
+        GoodLearner.admit(self, batch[0])
+        return losses
+
+
 class Forgetful(ClassifierMixin, BaseEstimator):
     """Answers without having been fitted, and takes anything."""
 
@@ -358,6 +399,10 @@ FAULTS = (
     fault("predict_takes_no_labels", LEARNER, Peeking),
     fault("predict_is_pure", LEARNER, Wearing),
     fault("one_example", LEARNER, Relative),
+    fault("graph_bounded", LEARNER, Tracing),
+    fault("one_example_step", LEARNER, Paired),
+    fault("no_examples", LEARNER, Hollow),
+    fault("nonfinite_batch", LEARNER, Late),
     fault("scikit_learn", LEARNER, Forgetful),
     fault("predictions_without_graph", LEARNER, Grown),
     fault("field_closed_form", FIELD, solution=SOLUTION[:1, None] * 0.5, order=None),

@@ -107,8 +107,13 @@ class GoodLearner(Learner):
     def scores(self, x):
         return functional.pad(x, (0, 1), value=1.0) @ self.weight
 
+    def admit(self, x):
+        if not len(x) or not bool(x.isfinite().all()):
+            raise ValueError(f"x must be finite and not empty, got {len(x)} rows. Leave such a batch out.")
+
     def step(self, batch):
         x, y = batch
+        self.admit(x)
         score, target = self.scores(x), y.float()
         slope = functional.pad(x, (0, 1), value=1.0).t() @ (score.sigmoid() - target) / len(x)
         self.velocity.mul_(0.5).add_(slope)
@@ -191,7 +196,7 @@ SEARCH = Case(
     solution=SOLUTION,
     hopeless=lambda search: search.run(lambda x: x * float("nan")),
 )
-LEARNER = Case(name="GoodLearner", kind="learner", build=GoodLearner)
+LEARNER = Case(name="GoodLearner", kind="learner", build=GoodLearner, graph_bytes=0)
 FIELD = Case(
     name="GoodField",
     kind="field",

@@ -64,6 +64,9 @@ class Case:
         data: learner: ``data(generator) -> (x, y)``, a separable toy. Default: two Gaussian blobs in 8 dimensions.
         steps: learner: number of ``step`` calls after which the loss must have fallen.
         accuracy: learner: share of the toy that ``predict`` must get right after ``steps``; None: no classifier.
+        graph_bytes: learner: most bytes that a step keeps for backward passes at a time, parameters and the batch not
+            counted (0: no autograd graph; the size of one block's for a method that trains block by block); None: no
+            promise.
         solve: field: ``solve(component, steps) -> Tensor``, the value reached with that many solver steps.
         order: field: order of accuracy of ``solve``.
         coarse: field: number of steps beside twice as many, between which ``order`` is measured.
@@ -93,6 +96,7 @@ class Case:
     data: Callable[[torch.Generator], tuple[Any, Any]] | None = None
     steps: int = 50
     accuracy: float | None = 0.9
+    graph_bytes: int | None = None
     solve: Callable[[Any, int], Tensor] | None = None
     order: float | None = None
     coarse: int = 8

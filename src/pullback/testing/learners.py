@@ -1,4 +1,4 @@
-"""Checks of learners: they learn, they predict without labels, they leave no graph."""
+"""Checks of learners: they learn, they predict without labels, they leave no graph, bad batches leave no trace."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
+from pullback.core.saved_bytes import SavedBytes
 from pullback.testing.case import Case
 from pullback.testing.check import BrokenContract, NotApplicable, check
-from pullback.testing.exercise import built, is_estimator, toy
-from pullback.testing.tools import expect_same
+from pullback.testing.exercise import built, is_estimator, state_of, toy
+from pullback.testing.tools import expect_same, tensors
 
 
 def _stepping(case: Case) -> Any:
@@ -107,6 +109,77 @@ def predictions_without_graph(case: Case) -> None:
     answer = component.predict(x)
     if isinstance(answer, torch.Tensor) and answer.requires_grad:
         raise BrokenContract("The prediction requires a gradient.", fix="Predict under torch.no_grad().")
+
+
+@check("learner")
+def graph_bounded(case: Case) -> None:
+    """A step keeps at most ``graph_bytes`` for backward passes at a time."""
+    if case.graph_bytes is None:
+        raise NotApplicable("the case states no graph_bytes")
+    component, batch = _stepping(case), toy(case)
+    modules = [each for each in (component, *vars(component).values()) if isinstance(each, nn.Module)]
+    own = [each for _, each in tensors([list(batch), vars(component)])]
+    with SavedBytes(*own, *modules) as meter:
+        component.step(batch)
+    if meter.peak > case.graph_bytes:
+        raise BrokenContract(
+            f"A step keeps {meter.peak} bytes for backward, {case.graph_bytes} are promised.",
+            fix="Work under torch.no_grad(), or free one block's graph before the next one's.",
+        )
+
+
+@check("learner")
+def one_example_step(case: Case) -> None:
+    """A batch of one example is learned from."""
+    component = _stepping(case)
+    x, y = toy(case)
+    losses = component.step((x[:1], y[:1]))
+    if not all(math.isfinite(value) for value in losses.values()):
+        raise BrokenContract(
+            f"A batch of one example gives {dict(losses)}.", fix="Use no statistic that needs two."
+        )
+
+
+@check("learner", refusable="no")
+def no_examples(case: Case) -> None:
+    """A batch without examples is refused by an error of one sentence or more, and changes nothing."""
+    component = _stepping(case)
+    x, y = toy(case)
+    component.step((x, y))
+    before = state_of(component)
+    try:
+        component.step((x[:0], y[:0]))
+    except (TypeError, ValueError) as error:
+        if len(str(error)) < 15:
+            raise BrokenContract(
+                f"The message says only {str(error)!r}.", fix="Name argument, value, fix."
+            ) from error
+        expect_same(
+            state_of(component), before, "An empty batch was refused, but only after changing something"
+        )
+        return
+    raise BrokenContract("An empty batch was accepted.", fix="Raise ValueError before anything is changed.")
+
+
+@check("learner", refusable="no")
+def nonfinite_batch(case: Case) -> None:
+    """A batch with NaN leaves the learner as it was, whether it is refused or skipped."""
+    component = _stepping(case)
+    x, y = toy(case)
+    component.step((x, y))
+    before = state_of(component)
+    bad = x.clone()
+    bad[0] = math.nan
+    try:
+        component.step((bad, y))
+    except (TypeError, ValueError, RuntimeError):
+        expect_same(
+            state_of(component), before, "A batch with NaN was refused, but only after changing something"
+        )
+        return
+    expect_same(
+        state_of(component), before, "A batch with NaN changed the learner", fix="Raise, or skip the step."
+    )
 
 
 @check("learner", slow=True)

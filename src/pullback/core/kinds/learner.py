@@ -21,7 +21,10 @@ class Learner(ABC):
 
     @abstractmethod
     def step(self, batch: Any) -> Mapping[str, float]:
-        """Learn from one batch and return the named losses."""
+        """Learn from one batch and return the named losses.
+
+        A batch without examples is refused; one with NaN is refused or skipped, and leaves the learner as it was.
+        """
 
     @abstractmethod
     def predict(self, inputs: Any) -> Tensor:
