@@ -43,7 +43,7 @@ from pullback.methods.diffusion.sampling import sample
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-TEST_SEEDS = tuple(range(200, 208))
+TEST_SEEDS = tuple(range(300, 308))  # seed 200 was looked at while the studies were made
 PAPER = PaperResult("the monograph", "theory and survey, no benchmark of its own")
 
 
