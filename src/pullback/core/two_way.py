@@ -5,6 +5,8 @@ For networks whose connections are symmetric. Complex states pass through real w
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,9 +30,18 @@ class Dense(nn.Module):
         nn.init.xavier_uniform_(self.weight, gain=gain)
 
     def shape(self, lower: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of the state above."""
-        del lower
-        return (self.weight.shape[0],)
+        """Shape of the state above.
+
+        Raises:
+            ValueError: if the state below has another number of units.
+        """
+        outputs, inputs = self.weight.shape
+        if math.prod(lower) != inputs:
+            raise ValueError(
+                f"x must have {inputs} values for each example, got {math.prod(lower)} (shape {tuple(lower)}). "
+                "Build the network with the input's own size."
+            )
+        return (outputs,)
 
     def forward(self, lower: Tensor) -> Tensor:
         """W s + b."""
@@ -79,8 +90,18 @@ class Conv(nn.Module):
         nn.init.xavier_uniform_(self.weight, gain=gain)
 
     def shape(self, lower: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of the state above."""
-        height, width = lower[1:]
+        """Shape of the state above.
+
+        Raises:
+            ValueError: if the state below is no image of as many channels.
+        """
+        inputs = self.weight.shape[1]
+        if len(lower) != 3 or lower[0] != inputs:
+            raise ValueError(
+                f"x must be images [batch, {inputs}, height, width], got examples of shape {tuple(lower)}. "
+                "Move channels to the second axis, or build the network with the images' own channels."
+            )
+        _, height, width = lower
         by = 1 if self.pool == "none" else 2
         return (self.weight.shape[0], height // by, width // by)
 

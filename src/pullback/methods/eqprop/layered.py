@@ -241,7 +241,8 @@ class LayeredEnergy(EnergyModel):
     def predict(self, x: Tensor, steps: int = 60) -> Tensor:
         """Outputs (or logits of the read-out) [batch, classes] after a free phase of ``steps`` sweeps."""
         count = integer("steps", steps, minimum=1)
-        return self.prediction(settle(self, self.hold(x), self.initial(x), None, count, "async", 0.5).states)
+        begin = self.initial(x)  # before the drive, because it refuses inputs of another shape
+        return self.prediction(settle(self, self.hold(x), begin, None, count, "async", 0.5).states)
 
     def extra_repr(self) -> str:
         """Activations."""

@@ -201,6 +201,21 @@ def test_bad_batches_are_refused(change, error, text):
         EquilibriumProp(network()).backward(**{"x": x, "y": y, **change})
 
 
+def test_inputs_of_another_size_are_refused():
+    x, y = torch.rand(4, 7), torch.tensor([0, 1, 2, 0])
+    net, images = network(), HopfieldConvNet((2, 8, 8), [3], outputs=3)
+    for act in (lambda: EquilibriumProp(net).backward(x, y), lambda: net.predict(x), lambda: relax(net, x)):
+        with pytest.raises(ValueError, match=r"x must have 6 values for each example, got 7"):
+            act()
+    for wrong in (torch.rand(4, 3, 8, 8), torch.rand(4, 128)):
+        with pytest.raises(
+            ValueError, match=r"x must be images \[batch, 2, height, width\], got examples of"
+        ):
+            EquilibriumProp(images).backward(wrong, y)
+    with pytest.raises(ValueError, match="x must have 48 values for each example, got 75"):
+        images.predict(torch.rand(4, 2, 10, 10))
+
+
 def test_complex_nudges_need_a_holomorphic_energy():
     for net in (network(), HopfieldConvNet((1, 4, 4), [2], 3, activation="sigmoid")):
         with pytest.raises(ValueError, match="activation must be holomorphic"):
