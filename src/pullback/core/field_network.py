@@ -21,6 +21,21 @@ def state_of(x: Any) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
+def data_of(x0: Any) -> Tensor:
+    """Data to learn from: `state_of` what must hold one example or more.
+
+    Raises:
+        TypeError: if ``x0`` is no floating tensor.
+        ValueError: if it is empty, where a mean over the batch would be NaN.
+    """
+    x0 = state_of(x0)
+    if not x0.numel():
+        raise ValueError(
+            f"x0 must hold one example or more, got shape {tuple(x0.shape)}. Leave empty batches out."
+        )
+    return x0
+
+
 def call_network(net: nn.Module, x: Tensor, times: Sequence[Tensor], cond: Mapping[str, Any]) -> Tensor:
     """``net(x, *times, **cond)`` in the network's own precision, answered in that of the state.
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pullback.core.checks import choice, finite, floating, fraction, instance, positive
-from pullback.core.field_network import call_network, per_row, state_of
+from pullback.core.field_network import call_network, data_of, per_row, state_of
 from pullback.core.gaussian_path import Coefficients, GaussianPath, Number
 from pullback.core.prediction import (
     GaussianField,
@@ -131,9 +131,10 @@ class Denoiser(nn.Module, GaussianField):
             **cond: conditions, handed to the network.
 
         Raises:
-            ValueError: if random numbers are needed and there is no generator, or dropout has no null values.
+            ValueError: if the batch is empty, random numbers are needed and there is no generator, or dropout has no
+                null values.
         """
-        x0 = state_of(x0)
+        x0 = data_of(x0)
         choice("reduction", reduction, ("mean", "none"))
         if t is None:
             t = self.path.sample_t(len(x0), generator=_needed(generator, "t")).to(x0.device)

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pullback.core.buffers import ExactBuffers
 from pullback.core.checks import choice, fraction, instance, integer, non_negative, positive
-from pullback.core.field_network import call_network, per_row, state_of
+from pullback.core.field_network import call_network, data_of, per_row, state_of
 from pullback.core.forward_mode import directional
 from pullback.core.gaussian_path import GaussianPath, Number
 from pullback.core.kinds.field import Field
@@ -118,10 +118,10 @@ class MeanFlow(FlowMap):
 
         Raises:
             TypeError: if there is no generator.
-            ValueError: if an argument is out of range.
+            ValueError: if an argument is out of range, or the batch empty.
             RuntimeError: from torch, if the network has no forward-mode derivative; take "difference".
         """
-        x0 = state_of(x0)
+        x0 = data_of(x0)
         size, generator = len(x0), instance("generator", generator, torch.Generator)
         choice("derivative", derivative, ("forward", "difference"))
         s, t = _two_times(self.path, size, round(fraction("same", same) * size), generator, x0)
@@ -253,8 +253,9 @@ class ConsistencyMap(ExactBuffers, FlowMap):
 
         Raises:
             TypeError: if there is no generator.
+            ValueError: if the batch is empty.
         """
-        x0 = state_of(x0)
+        x0 = data_of(x0)
         generator = instance("generator", generator, torch.Generator)
         picks = torch.randint(self.levels, (len(x0),), generator=generator, device=generator.device).to(
             x0.device

@@ -9,7 +9,15 @@ import torch
 from torch import nn
 
 from pullback.core.prediction import KINDS, loss_weight, size_per
-from pullback.methods.diffusion import Denoiser, GaussianMixture, GaussianPath, Prediction, ReversedTime
+from pullback.methods.diffusion import (
+    ConsistencyMap,
+    Denoiser,
+    GaussianMixture,
+    GaussianPath,
+    MeanFlow,
+    Prediction,
+    ReversedTime,
+)
 from pullback.methods.diffusion.tests import reference
 from pullback.methods.diffusion.tests.cases import PATHS, Toy
 
@@ -251,6 +259,16 @@ def test_data_and_networks_of_the_wrong_form_are_refused():
         ValueError, match=r"net must return a tensor of the states' shape \(2, 2\), got \(2, 4\)"
     ):
         Denoiser(Wide(), GaussianPath.cosine())(torch.zeros(2, 2), 0.5)
+
+
+def test_nothing_is_learned_from_no_data():
+    for model in (
+        Denoiser(Toy(2), GaussianPath.cosine()),
+        MeanFlow(Toy(2, times=2), GaussianPath.linear()),
+        ConsistencyMap(Toy(2), GaussianPath.linear()),
+    ):
+        with pytest.raises(ValueError, match=r"x0 must hold one example or more, got shape \(0, 2\)"):
+            model.loss(torch.zeros(0, 2), generator=torch.Generator().manual_seed(0))
 
 
 def test_random_numbers_need_a_generator_and_dropout_needs_labels_and_null():
