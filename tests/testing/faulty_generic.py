@@ -164,7 +164,7 @@ FAULTS = (
     fault("inputs_left_alone", FIELD, Editing),
     fault("modes_and_hooks", SIGNAL, Training),
     fault("tensors_in_state", LAYER, PlainTensor),
-    fault("no_graph_kept", LEARNER, Keeping),
+    fault("no_graph_kept", LEARNER, Keeping, also="graph_bounded"),
     fault("state_resumes", LEARNER, Forgetting),
     fault("state_weights_only", LEARNER, Exotic),
     fault("state_foreign", LEARNER, Gullible),
