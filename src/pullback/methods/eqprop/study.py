@@ -51,7 +51,7 @@ ESTIMATOR = {
     "exact+1": "implicit",
     "readout": "implicit",
 }  # other arms are called as their estimator
-TEST_SEEDS = tuple(range(200, 208))  # no pilot run has used them
+TEST_SEEDS = tuple(range(300, 308))  # a first run, whose rates were tuned on a single seed, was on 200 to 207
 BATCH = 50
 
 
@@ -268,8 +268,9 @@ CANNOT = "CIFAR-10 and ImageNet convolutional networks, long schedules, and hard
 SMALLER = (
     "MNIST pooled to 14 x 14 pixels, 4,000 training digits of 10,000, 9 to 12 epochs, no persistent states, exact "
     "layer minimisers instead of Euler, SGD whose rate halves from layer to layer upwards and is tuned for every "
-    "arm. The exact gradient is recurrent back-propagation with as many sweeps as a nudged phase has. exact+1 is "
-    "exact with one point of error added: what the claim allows. readout trains the last layer alone, mlp is "
+    "arm on three seeds: tuned on one, in a first run, it lay at the brink of stability and single test seeds of most "
+    "arms fell over it. The exact gradient is recurrent back-propagation with as many sweeps as a nudged phase has. "
+    "exact+1 is exact with one point of error added: what the claim allows. readout trains the last layer alone, mlp is "
     "an ordinary ReLU network (context: another function). "
 )
 REVIVED = (
@@ -291,9 +292,9 @@ def training(
         arms=arms,
         sizes={"smoke": replace(cfg, epochs=1, train=100, test=100), "full": cfg},
         primary=ERROR,
-        hp={"*": {"lr": rates[4]}},
-        tune=Tune(trials=8, select=VALIDATION, shared={"lr": Choice(rates)}),
-        seeds=Seeds(test=TEST_SEEDS, tune=(100,)),
+        hp={"*": {"lr": rates[3]}},
+        tune=Tune(trials=len(rates), select=VALIDATION, shared={"lr": Choice(rates)}),
+        seeds=Seeds(test=TEST_SEEDS, tune=(100, 101, 102)),
         figures=(CURVES, PairedSeeds()),
         cannot_test=CANNOT,
         **facts,
@@ -311,7 +312,7 @@ STUDIES: tuple[Study, ...] = (
             ("positive", "readout"),
             others=("exact", "random_sign", "holomorphic", "mlp"),
         ),
-        (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 4.0),
+        (0.05, 0.1, 0.2, 0.5, 1.0, 2.0),
         also=(
             Equivalent("centered", than="exact", within=0.01),
             Greater("random_sign", than="positive"),
@@ -333,7 +334,7 @@ STUDIES: tuple[Study, ...] = (
         Training(),
         "Digits, clipped states, one hidden layer: opposite nudges against one",
         Arms("positive", "centered", rivals=("readout",), others=("exact", "random_sign")),
-        (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0),
+        (0.02, 0.05, 0.1, 0.2, 0.5),
         also=(Greater("random_sign", than="positive"), Greater("centered", than="exact")),
         paper=PaperResult("experiments", "MNIST, 1 hidden layer", note="2-3 % test error with random signs"),
         refuted_if="one nudge alone gives as low a test error as two opposite ones",
@@ -344,7 +345,7 @@ STUDIES: tuple[Study, ...] = (
         Training(sizes=(196, 128, 128, 10), gain=0.7, free=20, nudged=6, epochs=9),
         "Digits, clipped states, two hidden layers: opposite nudges against one",
         Arms("positive", "centered", rivals=("readout",), others=("exact", "random_sign")),
-        (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2),
+        (0.002, 0.005, 0.01, 0.02, 0.05),
         also=(Greater("random_sign", than="positive"), Greater("centered", than="exact")),
         paper=PaperResult("experiments", "MNIST, 2 hidden layers", note="2-3 % test error with random signs"),
         refuted_if="one nudge alone gives as low a test error as two opposite ones",
