@@ -270,8 +270,8 @@ SMALLER = (
     "layer minimisers instead of Euler, SGD whose rate halves from layer to layer upwards and is tuned for every "
     "arm on three seeds: tuned on one, in a first run, it lay at the brink of stability and single test seeds of most "
     "arms fell over it. The exact gradient is recurrent back-propagation with as many sweeps as a nudged phase has. "
-    "exact+1 is exact with one point of error added: what the claim allows. readout trains the last layer alone, mlp is "
-    "an ordinary ReLU network (context: another function). "
+    "exact+1 is exact with one point of error added: what the claim allows. readout trains the last layer alone, mlp "
+    "is an ordinary ReLU network (context: another function). "
 )
 REVIVED = (
     "Clipped units outside of their interval have no exact gradient at all; a nudge of finite size brings them back. "
