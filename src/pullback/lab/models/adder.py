@@ -13,7 +13,7 @@ from pullback.core.streams import generator
 from pullback.lab.data import python_topics
 from pullback.lab.data.additions import FORMATS, Addition, additions
 from pullback.lab.models.characters import CharacterModel, next_symbol_loss, windows
-from pullback.lab.models.responses import Response, before, padded
+from pullback.lab.models.responses import Response, padded
 
 CONTEXT = 256
 
@@ -126,7 +126,7 @@ def schooled(school: School, seed: int) -> Schooled:
 def _additions_loss(model: nn.Module, answers: list[Response]) -> Tensor:
     """Mean over all scored characters."""
     tokens, scored = padded(answers)
-    return F.cross_entropy(model(tokens[:, :-1])[before(scored)], tokens[scored])
+    return F.cross_entropy(model(tokens[:, :-1])[scored[:, 1:]], tokens[scored])
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Prompts with responses as tokens: which tokens the loss is over, batches of them, and controls made from them."""
+"""Prompts with responses as tokens: which tokens the loss is over, batches of them, and controls."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pullback.core.streams import generator
@@ -62,24 +61,6 @@ def padded(responses: Sequence[Response]) -> tuple[Tensor, Tensor]:
         for name in ("tokens", "scored")
     )
     return tokens, scored
-
-
-def response_losses(logits: Tensor, tokens: Tensor, scored: Tensor) -> Tensor:
-    """Mean cross-entropy [n] over the scored tokens of each response.
-
-    Args:
-        logits: of the next token at the positions before the scored ones, [scored in all, symbols].
-        tokens: int64 [n, t].
-        scored: bool [n, t].
-    """
-    each = F.cross_entropy(logits, tokens[scored], reduction="none")
-    rows = scored.nonzero()[:, 0]
-    return torch.zeros(len(tokens), dtype=each.dtype).index_add(0, rows, each) / scored.sum(1)
-
-
-def before(scored: Tensor) -> Tensor:
-    """The positions [n, t - 1] whose outputs predict the scored tokens [n, t]."""
-    return scored[:, 1:]
 
 
 def derangement(
