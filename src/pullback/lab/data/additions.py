@@ -45,11 +45,6 @@ class Addition:
             f"Tens: {tens}+{more_tens}+{carry}={high:02}. The answer is {self.sum}.\n"
         )
 
-    def solved_by(self, response: str) -> bool:
-        """Whether the last word of the response's first line is the answer."""
-        words = response.split("\n")[0].split()
-        return bool(words) and words[-1].rstrip(".") == str(self.sum)
-
 
 def additions(held: int, seed: int) -> tuple[list[Addition], list[Addition]]:
     """All 8,100 additions in an order of the seed: those for training, and ``held`` that are not among them.

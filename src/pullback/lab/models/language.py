@@ -6,6 +6,8 @@ its weights; they are loaded as float32, so that gradients are exact, but not of
 
 from __future__ import annotations
 
+import contextlib
+import io
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -101,7 +103,8 @@ def smollm2() -> Language:
         "local_files_only": True,
     }
     try:
-        with warnings.catch_warnings():
+        # The bar that shows how far the file is read belongs to nobody's output.
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
             model = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
