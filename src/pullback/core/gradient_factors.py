@@ -110,8 +110,8 @@ class FactorCapture:
                 for module, attribute in source.owners:
                     if attribute not in module._parameters:
                         raise ValueError(
-                            f"route must be 'auto' or 'low_rank' for the parametrised weight {name!r}, got 'dense'. Its "
-                            "weight is computed anew in every call."
+                            f"route must be 'auto' or 'low_rank' for the parametrised weight {name!r}, got 'dense'. "
+                            "It is computed anew in every call."
                         )
                     before.append((module, attribute, module._parameters[attribute]))
                     module._parameters[attribute] = leaf
@@ -182,8 +182,8 @@ class FactorCapture:
         missed = [name for name, calls in self._calls.items() if not calls]
         if missed and len(missed) == len(self._hooked) and not self._leaves:
             raise RuntimeError(
-                f"a sample must run the model, got a block in which {shown(missed[0])} was never called. Call the model "
-                "that the probe was made for, forwards and backwards, inside the block."
+                f"a sample must run the model, got a block in which {shown(missed[0])} was never called. Call the "
+                "model that the probe was made for, forwards and backwards, inside the block."
             )
         arrived = any(call.errors is not None for calls in self._calls.values() for call in calls)
         if not arrived and all(grad is None for grad in self._grads.values()):

@@ -44,6 +44,7 @@ class LineLog:
         self.dropped = 0
         self._pending: list[bytes] = []
         self._end = 0
+        self._fd: int | None = None
         there = self.path.exists() and self.path.stat().st_size > 0
         if there and not resume:
             raise FileExistsError(
@@ -106,12 +107,13 @@ class LineLog:
         """
         if self._fd is None:
             raise ValueError(f"the log must be open, got {str(self.path)!r}, which is closed. Open it again.")
+        fd = self._fd
         while self._pending:
             line = self._pending[0]
             try:
-                self._put(line)
+                self._put(fd, line)
             except OSError as error:
-                os.ftruncate(self._fd, self._end)  # shortening needs no space
+                os.ftruncate(fd, self._end)  # shortening needs no space
                 raise OSError(
                     error.errno,
                     f"{len(self._pending)} records must be written, and wait in memory ({error.strerror}). Make room, "
@@ -121,11 +123,11 @@ class LineLog:
             self._end += len(line)
             del self._pending[0]
 
-    def _put(self, line: bytes) -> None:
-        os.lseek(self._fd, self._end, os.SEEK_SET)
+    def _put(self, fd: int, line: bytes) -> None:
+        os.lseek(fd, self._end, os.SEEK_SET)
         view = memoryview(line)
         while view:
-            view = view[os.write(self._fd, view) :]
+            view = view[os.write(fd, view) :]
 
     def close(self) -> None:
         """Write what waits, wait for the disk, close the file; a second call does nothing.
@@ -135,13 +137,14 @@ class LineLog:
         """
         if self._fd is not None:
             self.flush()
-            os.fsync(self._fd)
             fd, self._fd = self._fd, None
+            os.fsync(fd)
             os.close(fd)
 
     def __del__(self) -> None:
-        if getattr(self, "_fd", None) is not None:
-            os.close(self._fd)
+        fd = getattr(self, "_fd", None)
+        if fd is not None:
+            os.close(fd)
 
 
 def _line(record: Mapping[str, Any]) -> bytes:
@@ -165,10 +168,10 @@ def _check_header(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> 
     for key, value in wanted.items():
         if key not in found:
             raise ValueError(
-                f"path must hold a log of this kind, got {str(path)!r} without {key!r} in its header. Choose a new file."
+                f"path must hold a log of this kind, got {str(path)!r} without {key!r} in its header. Use a new one."
             )
         if found[key] != json.loads(json.dumps(value)):
             raise ValueError(
-                f"path must hold a log with {key}={shown(value)}, got {shown(found[key])} in {str(path)!r}. Use a file of "
-                "its own for each setting."
+                f"path must hold a log with {key}={shown(value)}, got {shown(found[key])} in {str(path)!r}. Use a "
+                "file of its own for each setting."
             )

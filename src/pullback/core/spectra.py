@@ -42,7 +42,8 @@ def product_values(pairs: Sequence[tuple[Tensor, Tensor]], *, route: Route = "au
     float64 products cost more than float32 Householder steps.)
 
     Args:
-        pairs: inputs [S, T, n] and errors [S, T, m]. Inputs shared by several pairs, as one object, are decomposed once.
+        pairs: inputs [S, T, n] and errors [S, T, m]. Inputs that several pairs share, as one object, are
+            decomposed once.
         route: ``"auto"`` as above, ``"dense"`` forms every product, ``"low_rank"`` none.
 
     Returns:

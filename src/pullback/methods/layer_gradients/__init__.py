@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from pullback.core.matrices import PRESETS, split_heads, split_outputs
+from pullback.core.responses import Responses, response_batch, response_loss, response_mask
 from pullback.methods.layer_gradients.curves import (
-    STATISTICS,
     Curves,
     MeanAbsoluteDifference,
-    Record,
     RelativeDifference,
     layer_curve,
     mean_absolute_difference,
     relative_difference,
-    spectrum_statistics,
 )
 from pullback.methods.layer_gradients.probe import GradientSpectrum, Measurement, Sample
-from pullback.methods.layer_gradients.responses import Responses, response_batch, response_loss, response_mask
+from pullback.methods.layer_gradients.spectrum import STATISTICS, Record, spectrum_statistics
 
 __all__ = [
     "PRESETS",

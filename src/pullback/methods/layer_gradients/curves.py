@@ -1,19 +1,17 @@
-"""Statistics of a gradient's singular values, their curves over the layers, and how two curves differ."""
+"""Curves of a statistic over the layers, averaged over examples, and how two curves differ."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, final
+from typing import Literal, final
 
 import torch
 from torch import Tensor
 
 from pullback.core.checks import choice, instance, integer, shown
-
-Reduction: TypeAlias = Literal["per_sample", "batch"]
-Values: TypeAlias = Mapping[str, Mapping[str, tuple[float, ...]]]
+from pullback.methods.layer_gradients.spectrum import Record, Reduction
 
 _ZERO = 1e-10  # stands for a reference of exactly zero in a relative difference
 _LARGEST = 5
@@ -21,122 +19,7 @@ OFFICIAL_BOUNDS: Mapping[int, tuple[int, int]] = {26: (7, 20), 28: (7, 21), 32: 
 """Ends of the early and middle layers in the authors' script, by number of layers."""
 
 
-# --- one matrix -----------------------------------------------------------------------------------------------------
-
-
-def _ratio(values: Tensor) -> Tensor:
-    total = values.sum(-1)
-    return torch.where(total == 0, 0.0, values[..., 0] / torch.where(total == 0, 1.0, total))
-
-
-def _effective_rank(values: Tensor) -> Tensor:
-    total = values.sum(-1, keepdim=True)
-    shares = values / torch.where(total == 0, 1.0, total)
-    return torch.where(total[..., 0] == 0, 0.0, torch.special.entr(shares).sum(-1).exp())
-
-
-_OF_VALUES: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "nuclear": lambda s: s.sum(-1),
-    "sigma1_ratio": _ratio,
-    "effective_rank": _effective_rank,
-    "frobenius": lambda s: s.square().sum(-1).sqrt(),
-    "sigma_max": lambda s: s[..., 0],
-    "sigma_min": lambda s: s[..., -1],
-}
-SPECTRAL = tuple(_OF_VALUES)
-"""Statistics that depend on the singular values alone."""
-STATISTICS = (*SPECTRAL, "nuclear_per_loss", "similarity")
-"""All statistics: of single matrices, and the cosine between those of neighbouring layers."""
-
-
-def spectrum_statistics(values: Tensor, *, full: int | None = None, scale: float = 1.0) -> dict[str, Tensor]:
-    """Statistics of singular values s_1 >= s_2 >= ... >= 0.
-
-    With p_k = s_k / sum s: ``nuclear`` = sum s, ``sigma1_ratio`` = p_1, ``effective_rank`` = exp(-sum p ln p) (Roy and
-    Vetterli), ``frobenius`` = sqrt(sum s^2), ``sigma_max`` = s_1, ``sigma_min`` = s_min(m, n). All are 0 for a zero
-    matrix, and NaN for one that is not finite. The smallest value of a rank-deficient matrix is rounding error in a dense
-    decomposition and exactly 0 here when values are missing: do not draw it on a logarithmic axis.
-
-    Args:
-        values: singular values [..., r], descending; further ones, up to ``full``, are zero.
-        full: min(m, n) of the matrix; None: r.
-        scale: what the loss was multiplied by; the values are divided by it.
-
-    Returns:
-        Tensors [...] in float64 (float32 on devices without it), by the names of `SPECTRAL`.
-    """
-    wide = torch.float32 if values.device.type == "mps" else torch.float64
-    values = values.to(wide) / scale
-    found = {name: make(values) for name, make in _OF_VALUES.items()}
-    if full is not None and values.shape[-1] < full:
-        found["sigma_min"] = torch.where(found["nuclear"].isnan(), torch.nan, 0.0).to(wide)
-    return found
-
-
-# --- one example ----------------------------------------------------------------------------------------------------
-
-
-@final
-@dataclass(frozen=True)
-class Record:
-    """Statistics of one example, or of one batch.
-
-    Args:
-        tag: the group that it belongs to.
-        key: the example's own name, ``""`` for none.
-        reduction: ``"per_sample"``, or ``"batch"`` for the gradient of a sum over examples.
-        loss: the loss that was handed over, NaN for none.
-        values: ``values[statistic][projection]`` holds one number per layer (``"similarity"``: per pair of neighbours).
-        nonfinite: matrices whose gradient holds NaN or Inf.
-    """
-
-    tag: str
-    key: str
-    reduction: Reduction
-    loss: float
-    values: Values
-    nonfinite: int
-
-    def to_dict(self) -> dict[str, object]:
-        """Plain containers for JSON; NaN becomes None."""
-        values = {
-            name: {proj: [_plain(each) for each in row] for proj, row in rows.items()}
-            for name, rows in self.values.items()
-        }
-        return {**vars(self), "loss": _plain(self.loss), "values": values}
-
-    @classmethod
-    def from_dict(cls, given: Mapping[str, object]) -> Record:
-        """The inverse of `to_dict`.
-
-        Raises:
-            ValueError: if it is no such dict.
-        """
-        try:
-            values = {
-                str(name): {str(proj): tuple(_number(each) for each in row) for proj, row in rows.items()}
-                for name, rows in given["values"].items()  # ty: ignore[unresolved-attribute]
-            }
-            return cls(
-                tag=str(given["tag"]), key=str(given["key"]), loss=_number(given["loss"]), values=values,
-                reduction=choice("reduction", given["reduction"], ("per_sample", "batch")),
-                nonfinite=integer("nonfinite", given["nonfinite"], minimum=0),
-            )  # fmt: skip
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"a record must come from Record.to_dict, got {shown(given)}.") from error
-
-
-def _plain(value: float) -> float | str | None:
-    if math.isfinite(value):
-        return value
-    return None if math.isnan(value) else str(value)
-
-
-def _number(value: object) -> float:
-    return math.nan if value is None else float(value)  # ty: ignore[invalid-argument-type]
-
-
-# --- many examples --------------------------------------------------------------------------------------------------
+# --- curves ------ --------------------------------------------------------------------------------------------------
 
 
 @final

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, Self, final
@@ -18,16 +18,22 @@ from pullback.core.gradient_factors import FactorCapture
 from pullback.core.kinds import Probe
 from pullback.core.layer_rows import unwrapped
 from pullback.core.line_log import LineLog
-from pullback.core.matrices import Source, Splitter, find_sources
-from pullback.core.spectra import Route, product_cosine, product_values, singular_values
+from pullback.core.matrices import Part, Source, Splitter, find_sources
+from pullback.core.spectra import Route
 from pullback.core.step_reader import StepReader
-from pullback.methods.layer_gradients.curves import (
+from pullback.methods.layer_gradients.curves import Curves, layer_curve
+from pullback.methods.layer_gradients.spectrum import (
     STATISTICS,
-    Curves,
     Record,
     Reduction,
-    layer_curve,
-    spectrum_statistics,
+    Signal,
+    captured,
+    layout_of,
+    losses_of,
+    one_each,
+    read,
+    records_of,
+    statistics,
 )
 
 FORMAT = "pullback.layer_gradients"
@@ -78,8 +84,8 @@ class Sample:
         instance("loss", loss, Tensor)
         if not loss.requires_grad:
             raise RuntimeError(
-                f"loss must depend on the watched weights with gradients switched on, got {shown(loss)} without a graph. "
-                "Compute it inside the block, without no_grad and detach."
+                f"loss must depend on the watched weights with gradients switched on, got {shown(loss)} without a graph"
+                ". Compute it inside the block, without no_grad and detach."
             )
         self.loss = loss.detach()
         (loss * self._scale).sum().backward()
@@ -101,30 +107,14 @@ class Sample:
 
 
 @final
-@dataclass(frozen=True)
-class _Signal:
-    """A gradient by its factors, or itself where there are none."""
-
-    inputs: Tensor | None
-    errors: Tensor
-
-    @property
-    def full(self) -> int:
-        widths = (
-            self.errors.shape[1:] if self.inputs is None else (self.errors.shape[2], self.inputs.shape[2])
-        )
-        return min(widths)
-
-
-@final
 class GradientSpectrum(Probe):
     """Singular-value statistics of the gradients of attention projections (or any matrices), layer by layer.
 
     No optimizer is involved. In a `sample` block run your own forward and backward pass; on leaving it, the statistics
     of every watched matrix are in `records`, and the model is as it was: parameters, ``.grad``, ``requires_grad``,
     buffers, hooks, modes, random generators, also after an exception. Inside the block all parameters are frozen and
-    gradients of weights are not computed: hooks on the linear layers keep inputs A and errors B, whose product B^T A the
-    gradient is, and its spectrum comes from a core as small as the number of tokens with errors.
+    gradients of weights are not computed: hooks on the linear layers keep inputs A and errors B, whose product B^T A
+    the gradient is, and its spectrum comes from a core as small as the number of tokens with errors.
 
     Several calls of a layer, and several backward passes, add up within one block, as ``.grad`` does.
 
@@ -202,13 +192,16 @@ class GradientSpectrum(Probe):
     @property
     def layers(self) -> dict[str, tuple[int, ...]]:
         """Numbers of the watched layers, by projection."""
-        return {proj: tuple(layer for layer, _ in rows) for proj, rows in _layout(self._sources()).items()}
+        return {
+            proj: tuple(layer for layer, _ in rows)
+            for proj, rows in layout_of(_parts(self._sources())).items()
+        }
 
     def __repr__(self) -> str:
         what = ", ".join(f"{proj}: {len(rows)} layers" for proj, rows in self.layers.items())
         return (
-            f"GradientSpectrum({type(self.model).__name__}, {what}, reduction={self.reduction!r}, route={self.route!r}, "
-            f"records={len(self.records)})"
+            f"GradientSpectrum({type(self.model).__name__}, {what}, reduction={self.reduction!r}, "
+            f"route={self.route!r}, records={len(self.records)})"
         )
 
     def _sources(self) -> list[Source]:
@@ -216,8 +209,8 @@ class GradientSpectrum(Probe):
         hidden = [each.name for each in sources if not each.callable]
         if self.route == "low_rank" and hidden:
             raise ValueError(
-                f"route='low_rank' must meet linear layers that are called, got {shown(hidden[0])}, whose weight is used "
-                "without that. Use route='auto'."
+                f"route='low_rank' must meet linear layers that are called, got {shown(hidden[0])}, whose weight is "
+                "used without that. Use route='auto'."
             )
         return sources
 
@@ -282,76 +275,30 @@ class GradientSpectrum(Probe):
         capture.check()
         samples = capture.samples(split=self.reduction == "per_sample")
         with torch.no_grad(), torch.autocast(capture.device.type, enabled=False):
-            signals: list[_Signal] = []
-            for source in capture.sources:
-                if capture.is_hooked(source):
-                    inputs, errors = capture.factors(source, samples)
-                    signals += [_Signal(inputs, part.of(errors, 2)) for part in source.parts]
-                else:
-                    gradient = capture.gradient(source)
-                    signals += [_Signal(None, part.of(gradient, 0)[None]) for part in source.parts]
-            losses = _losses(loss, samples, self.reduction, required="nuclear_per_loss" in self.stats)
-            tags, keys = _each("tag", tags, samples), _each("key", keys, samples)
-            return self._record(capture.sources, signals, tags, keys, losses, scale)
+            signals = captured(capture, samples)
+            losses = losses_of(loss, samples, self.reduction, required="nuclear_per_loss" in self.stats)
+            tags, keys = one_each("tag", tags, samples), one_each("key", keys, samples)
+            return self._record(capture.sources, signals, tags, keys, losses, scale, self.reduction)
 
     def _record(
-        self, sources: Sequence[Source], signals: list[_Signal], tags: list[str], keys: list[str],
-        losses: list[float], scale: Any, reduction: Reduction | None = None,
+        self, sources: Sequence[Source], signals: list[Signal], tags: list[str], keys: list[str],
+        losses: list[float], scale: Any, reduction: Reduction,
     ) -> tuple[Record, ...]:  # fmt: skip
-        layout = _layout(sources)
-        found = self._statistics(signals, layout, losses, scale)
-        names = list(found)
-        per_sample = (
-            torch.stack([found[name] for name in names]).permute(2, 0, 1).tolist()
-        )  # the one host read
-        records = []
-        for tag, key, loss, rows in zip(tags, keys, losses, per_sample, strict=True):
-            table = dict(zip(names, rows, strict=True))
-            bad = sum(math.isnan(each) for each in table["nuclear"])
-            if bad and self.nonfinite == "raise":
-                raise NonFiniteError(
-                    f"gradients must be finite, got NaN or Inf in {bad} of {len(table['nuclear'])} matrices. Use "
-                    "nonfinite='record' to go on, or loss_scale against overflow in half precision."
-                )
-            values = {
-                name: {
-                    proj: tuple(
-                        table[name][index] for _, index in (cells[:-1] if name == "similarity" else cells)
-                    )
-                    for proj, cells in layout.items()
-                }
-                for name in self.stats
-            }
-            records.append(Record(tag, key, reduction or self.reduction, loss, values, bad))
+        layout = layout_of(_parts(sources))
+        found = statistics(signals, layout, self.stats, route=self.route, losses=losses, scale=scale)
+        records = records_of(
+            found, layout, self.stats, tags=tags, keys=keys, losses=losses, reduction=reduction
+        )
+        bad = sum(each.nonfinite for each in records)
+        if bad and self.nonfinite == "raise":
+            raise NonFiniteError(
+                f"gradients must be finite, got NaN or Inf in {bad} of {len(signals) * len(records)} matrices. Pass "
+                "nonfinite='record' to go on, or a loss_scale where half precision overflows."
+            )
         self.records += records
         if self.log is not None:
             self.log.append([each.to_dict() for each in records])
         return tuple(records)
-
-    def _statistics(
-        self, signals: list[_Signal], layout: _Layout, losses: list[float], scale: Any
-    ) -> dict[str, Tensor]:
-        """Every statistic asked for, and the nuclear norm, as [matrices, samples]."""
-        spectra = _spectra(signals, self.route)
-        longest = max(each.shape[1] for each in spectra)
-        device = spectra[0].device
-        stacked = torch.stack([nn.functional.pad(s, (0, longest - s.shape[1])).to(device) for s in spectra])
-        found = spectrum_statistics(stacked, scale=1.0)
-        if "sigma_min" in self.stats:
-            last = [
-                s[:, -1] if s.shape[1] == each.full else s[:, 0] * 0.0
-                for s, each in zip(spectra, signals, strict=True)
-            ]
-            found["sigma_min"] = torch.stack([each.to(device) for each in last]).to(found["nuclear"].dtype)
-        if "similarity" in self.stats:
-            found["similarity"] = _neighbours(signals, layout, found["frobenius"])
-        for name in ("nuclear", "frobenius", "sigma_max", "sigma_min"):
-            found[name] = found[name] / scale
-        if "nuclear_per_loss" in self.stats:
-            found["nuclear_per_loss"] = found["nuclear"] / torch.tensor(
-                losses, dtype=found["nuclear"].dtype, device=device
-            )
-        return {name: found[name] for name in dict.fromkeys(("nuclear", *self.stats))}
 
     # --- the user's own training loop -------------------------------------------------------------------------------
 
@@ -360,8 +307,9 @@ class GradientSpectrum(Probe):
     ) -> StepReader:
         """Record the gradients that training makes anyway, in every n-th step, between backward and update.
 
-        Nothing is computed twice: ``.grad`` is read as it is, after accumulation, averaging over ranks and clipping, and
-        with a ``GradScaler`` divided by its scale. Records are labelled ``"batch"``; their key is the step's number.
+        Nothing is computed twice: ``.grad`` is read as it is, after accumulation, averaging over ranks and clipping,
+        and with a ``GradScaler`` divided by its scale. Records are labelled ``"batch"``; their key is the step's
+        number. A weight without a gradient in that step has NaN, and counts as not finite.
 
         Args:
             optimizer: trains (part of) the model.
@@ -393,22 +341,8 @@ class GradientSpectrum(Probe):
         return reader
 
     def _read(self, step: int, scale: Any, tag: str) -> None:
-        sources, signals, arrived = self._sources(), [], False
-        for source in sources:
-            weight = source.weight
-            grad = weight.grad if weight.is_leaf else None
-            arrived |= grad is not None
-            if type(grad).__name__ == "DTensor":
-                raise TypeError(
-                    f"gradients must be whole, got a DTensor for {source.name!r}. Watch before fully_shard."
-                )
-            grad = torch.full_like(weight, torch.nan) if grad is None else grad  # unknown, not zero
-            signals += [_Signal(None, part.of(grad, int(source.transposed))[None]) for part in source.parts]
-        if not arrived:
-            raise RuntimeError(
-                f"a watched weight must have a gradient when the optimizer steps, got none in step {step}. Call "
-                "loss.backward() between zero_grad() and step()."
-            )
+        sources = self._sources()
+        signals = read(sources, step)
         with torch.autocast(signals[0].errors.device.type, enabled=False):
             self._record(sources, signals, [tag], [str(step)], [math.nan], scale, "batch")
 
@@ -464,63 +398,5 @@ class GradientSpectrum(Probe):
         return tuple(Record.from_dict(each) for rank in ranks for each in rank)
 
 
-_Layout = Mapping[str, Sequence[tuple[int, int]]]
-
-
-def _layout(sources: Sequence[Source]) -> dict[str, list[tuple[int, int]]]:
-    """(layer, position among all matrices) in the order of the layers, by projection."""
-    layout: dict[str, list[tuple[int, int]]] = {}
-    parts = [part for source in sources for part in source.parts]
-    for index, part in enumerate(parts):
-        layout.setdefault(part.proj, []).append((part.layer, index))
-    return {proj: sorted(rows) for proj, rows in layout.items()}
-
-
-def _spectra(signals: list[_Signal], route: Route) -> list[Tensor]:
-    products = [index for index, each in enumerate(signals) if each.inputs is not None]
-    others = [index for index, each in enumerate(signals) if each.inputs is None]
-    pairs = [(each.inputs, each.errors) for each in signals if each.inputs is not None]
-    found = dict(zip(products, product_values(pairs, route=route), strict=True))
-    found |= dict(zip(others, singular_values([signals[index].errors for index in others]), strict=True))
-    return [found[index] for index in range(len(signals))]
-
-
-def _neighbours(signals: list[_Signal], layout: _Layout, norms: Tensor) -> Tensor:
-    """Cosine of each matrix with that of the next layer [matrices, samples]; NaN for the last and unequal shapes."""
-    found = torch.full_like(norms, torch.nan)
-    for rows in layout.values():
-        for (_, one), (_, other) in zip(rows, rows[1:], strict=False):
-            first, second = signals[one], signals[other]
-            cosine = product_cosine(
-                (first.inputs, first.errors), (second.inputs, second.errors), norms[one], norms[other]
-            )
-            if cosine is not None:
-                found[one] = cosine.to(found)
-    return found
-
-
-def _losses(loss: Any, samples: int, reduction: Reduction, *, required: bool) -> list[float]:
-    if loss is None:
-        if required:
-            raise RuntimeError(
-                "the loss must be known for 'nuclear_per_loss', got none. Use sample.backward(loss), or set sample.loss."
-            )
-        return [math.nan] * samples
-    given = torch.as_tensor(loss).detach().to("cpu", torch.float64).reshape(-1)
-    if reduction == "batch":
-        return [float(given.sum())]
-    if len(given) != samples:
-        raise RuntimeError(
-            f"loss must hold one number per example, got {len(given)} for {samples}. Hand over the losses before they "
-            "are averaged, such as those of response_loss."
-        )
-    return given.tolist()
-
-
-def _each(name: str, given: str | Sequence[str], samples: int) -> list[str]:
-    rows = [given] * samples if isinstance(given, str) else [instance(name, each, str) for each in given]
-    if len(rows) != samples:
-        raise ValueError(
-            f"{name} must be one string or one per example, got {len(rows)} for {samples} examples."
-        )
-    return rows
+def _parts(sources: Sequence[Source]) -> list[Part]:
+    return [part for source in sources for part in source.parts]
