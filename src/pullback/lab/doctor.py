@@ -48,7 +48,7 @@ def diagnose(out: Path) -> int:
 
 
 def _python() -> Finding:
-    return Finding("python", f"{platform.pythoninstalled()} on {platform.system()} {platform.machine()}")
+    return Finding("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
 
 
 def torch_finding(version: str | None) -> Finding:

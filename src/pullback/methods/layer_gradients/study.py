@@ -36,7 +36,7 @@ from pullback.lab.models.answers import Answers, of_adder, of_language
 from pullback.lab.models.responses import padded
 from pullback.methods.layer_gradients.curves import Record, layer_curve, mean_absolute_difference
 from pullback.methods.layer_gradients.probe import GradientSpectrum
-from pullback.methods.layer_gradients.responses import IGNORED, response_loss
+from pullback.core.responses import IGNORED, response_loss
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
