@@ -57,8 +57,7 @@ class School:
         texts: windows of English in a batch.
         window: characters of each.
         lr: largest learning rate of AdamW; it rises for 40 steps and falls to zero in the last two fifths.
-        pool: problems that are trained on, over and over. They are few, so that a bare answer cannot be looked up.
-        held: other problems.
+        held: problems that are not trained on.
     """
 
     steps: int = 450
@@ -69,7 +68,6 @@ class School:
     texts: int = 4
     window: int = 96
     lr: float = 4e-3
-    pool: int = 500
     held: int = 100
 
 
@@ -107,7 +105,6 @@ def schooled(school: School, seed: int) -> Schooled:
     text = python_topics().train
     model = decoder(school, seed)
     pool, held = additions(school.held, seed)
-    pool = pool[: school.pool]
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=school.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True
     )
