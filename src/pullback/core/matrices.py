@@ -219,6 +219,8 @@ def _collected(
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     for _, module, attribute, tensor in weights:
         places.setdefault(id(tensor), []).append((module, attribute))
+    # torch's attention uses the weight of its output projection without calling it
+    silent = {id(each.out_proj) for each in model.modules() if isinstance(each, nn.MultiheadAttention)}
     sources: list[Source] = []
     seen: set[int] = set()
     for (name, module, _, tensor), layer, proj in found:
@@ -230,19 +232,15 @@ def _collected(
         transposed = is_conv1d(module)
         outputs = tensor.shape[1] if transposed else tensor.shape[0]
         parts = _parts(model, name, tensor, layer, proj, outputs, splitter)
-        plain = all(_called(each, key) and is_conv1d(each) == transposed for each, key in owners)
-        sources.append(Source(name, owners, plain and not _functional(model, owners), transposed, parts))
+        called = all(
+            _called(each, key) and is_conv1d(each) == transposed and id(each) not in silent for each, key in owners
+        )
+        sources.append(Source(name, owners, called, transposed, parts))
     return sources
 
 
 def _called(module: nn.Module, attribute: str) -> bool:
     return attribute == "weight" and (isinstance(module, nn.Linear) or is_conv1d(module))
-
-
-def _functional(model: nn.Module, owners: tuple[tuple[nn.Module, str], ...]) -> bool:
-    """Whether an owner is the output projection of torch's attention, which uses the weight without a call."""
-    outward = {id(each.out_proj) for each in model.modules() if isinstance(each, nn.MultiheadAttention)}
-    return any(id(module) in outward for module, _ in owners)
 
 
 def _parts(

@@ -60,12 +60,12 @@ def product_values(pairs: Sequence[tuple[Tensor, Tensor]], *, route: Route = "au
     right: dict[int, Tensor] = {}
     products: dict[int, Tensor] = {}
     for index, (x, errors) in enumerate(pairs):
-        most, least, mask, used = counted[index]
+        most, mask, used = counted[index]
         if most == 0:
             found[index] = wide(errors).new_zeros(len(errors), 1)
             continue
         key = (id(x), mask)
-        order = _order(used, most, least)
+        order = _order(used, most)
         if key not in rows:
             rows[key] = _taken(wide(x), order, used)
         taken = _taken(wide(errors), order, None)
@@ -127,7 +127,7 @@ def _scaled(tensor: Tensor) -> tuple[Tensor, Tensor]:
     return tensor / torch.where(largest == 0, 1.0, largest)[:, None, None], largest
 
 
-_Counted: TypeAlias = tuple[int, int, int, Tensor]  # most and fewest rows of a sample, mask's number, mask
+_Counted: TypeAlias = tuple[int, int, Tensor]  # most rows with errors of a sample, mask's number, mask
 
 
 def _count(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[_Counted]:
@@ -137,13 +137,12 @@ def _count(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[_Counted]:
     owner = [first.setdefault(id(x), index) for index, (x, _) in enumerate(pairs)]
     told = []
     for index, mask in enumerate(used):
-        counts = mask.sum(-1)
+        most = mask.sum(-1).amax()
         same = (mask == used[owner[index]]).all()
-        told.append(torch.stack([counts.amax(), counts.amin(), same.to(counts.dtype)]))
+        told.append(torch.stack([most, same.to(most.dtype)]))
     read = _host(told)
     return [
-        (most, least, owner[index] if same else index, used[index])
-        for index, (most, least, same) in enumerate(read)
+        (most, owner[index] if same else index, used[index]) for index, (most, same) in enumerate(read)
     ]
 
 
@@ -153,11 +152,11 @@ def _host(rows: list[Tensor]) -> list[list[int]]:
     return torch.stack([each.to(rows[0].device) for each in rows]).tolist()
 
 
-def _order(used: Tensor, most: int, least: int) -> Tensor | None:
-    """Positions [S, width] with those of errors first, or None where all rows stay."""
+def _order(used: Tensor, most: int) -> Tensor | None:
+    """Positions [S, width] with those of errors first, or None where the few others may stay: they add zeros."""
     total = used.shape[1]
     width = min(total, -(-most // _STEP) * _STEP)
-    if width == total and least == total:
+    if width == total:
         return None
     return used.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[:, :width]
 
