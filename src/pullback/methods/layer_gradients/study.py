@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import torch
 
+from pullback.core.responses import IGNORED, response_loss
 from pullback.core.streams import stream_seed
 from pullback.lab import (
     Arms,
@@ -36,7 +37,6 @@ from pullback.lab.models.answers import Answers, of_adder, of_language
 from pullback.lab.models.responses import padded
 from pullback.methods.layer_gradients.curves import Record, layer_curve, mean_absolute_difference
 from pullback.methods.layer_gradients.probe import GradientSpectrum
-from pullback.core.responses import IGNORED, response_loss
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

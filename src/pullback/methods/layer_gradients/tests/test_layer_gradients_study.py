@@ -21,7 +21,7 @@ def by_hand(asked, response):
     weights = {
         name: p
         for name, p in asked.model.named_parameters()
-        if name.split(".")[-2][:2] in {"q", "k", "v", "o"} | {"q_", "k_", "v_", "o_"}
+        if name.split(".")[-2] in {"q", "k", "v", "o", "q_proj", "k_proj", "v_proj", "o_proj"}
     }
     for p in weights.values():
         p.requires_grad_(True)
@@ -36,7 +36,7 @@ def by_hand(asked, response):
     norms = {name: [] for name in "qkvo"}
     for name, grad in zip(weights, grads, strict=True):
         norms[name.split(".")[-2][0]].append(float(torch.linalg.svdvals(grad).sum()))
-    return float(loss), norms
+    return float(loss.detach()), norms
 
 
 @pytest.mark.parametrize("cfg", [TINY, REAL], ids=["small", "language"])
