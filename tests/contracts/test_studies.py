@@ -11,9 +11,15 @@ from pullback.core.facts import rooms
 from pullback.lab.engine import StudyRef, studies_of
 from pullback.lab.engine.cells import check_trial, metrics_of
 from pullback.lab.engine.worker import CellLog
+from pullback.lab.extras import lack
 
 ARMS = [
-    pytest.param(study, arm, id=f"{study.room}-{study.name}-{arm}")
+    pytest.param(
+        study,
+        arm,
+        id=f"{study.room}-{study.name}-{arm}",
+        marks=pytest.mark.skipif(bool(said := lack(study.extras)), reason=said),
+    )
     for room in rooms()
     for study in studies_of(room)
     for arm in study.arms.names()

@@ -156,6 +156,32 @@ class Trusting(GoodProbe):
         return result if torch.is_grad_enabled() else replace(result, norms={})
 
 
+class Replacing(GoodProbe):
+    """Leaves a copy of a parameter in the model."""
+
+    def __call__(self, model, *batch):
+        result = super().__call__(model, *batch)
+        owner = next(each for each in model.modules() if each._parameters)
+        name, parameter = next(iter(owner._parameters.items()))
+        fresh = torch.nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+        fresh.grad = parameter.grad
+        owner._parameters[name] = fresh
+        return result
+
+
+class Rewriting(GoodProbe):
+    """Puts the values of parameters back by writing into them."""
+
+    def __call__(self, model, *batch):
+        kept = [each.detach().clone() for each in model.parameters()]
+        try:
+            return super().__call__(model, *batch)
+        finally:
+            with torch.no_grad():
+                for parameter, values in zip(model.parameters(), kept, strict=True):
+                    parameter.copy_(values)
+
+
 class Odd(GoodSearch):
     """Has a status of its own."""
 
@@ -380,10 +406,12 @@ FAULTS = (
     fault("recompute_without_autograd", RECOMPUTE, WatchingAutograd),
     fault("recompute_leaves_no_trace", RECOMPUTE, Hooking),
     fault("recompute_explicit", RECOMPUTE, Reentrant, also="same_batch_statistics"),
-    fault("model_values", PROBE, Nudging, also="grad_mode_off"),
+    fault("model_values", PROBE, Nudging, also="grad_mode_off waiting_graph"),
     fault("model_gradients", PROBE, Clearing),
     fault("model_modes", PROBE, Sleeping),
     fault("model_hooks", PROBE, Littering),
+    fault("model_objects", PROBE, Replacing),
+    fault("waiting_graph", PROBE, Rewriting),
     fault("random_state", PROBE, Reseeding),
     fault("frozen_result", PROBE, Loose),
     fault("grad_mode_off", PROBE, Trusting),

@@ -387,6 +387,8 @@ class Study(Trial):
         refuted_if: in words, what outcome would refute the claim.
         cannot_test: in words, what of the paper this study cannot reach.
         deviations: what differs from the paper's experiment, in words.
+        extras: names of the package's extras without which the study cannot run; where one is missing, the commands
+            leave the study out and say what to install.
     """
 
     room: str
@@ -394,3 +396,4 @@ class Study(Trial):
     refuted_if: str
     cannot_test: str = ""
     deviations: str = ""
+    extras: tuple[str, ...] = ()

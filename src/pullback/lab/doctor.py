@@ -8,18 +8,13 @@ import shutil
 import sys
 import tempfile
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 from pullback.lab.cli.terminal import say
 from pullback.lab.engine.errors import TrialError
+from pullback.lab.extras import EXTRAS, installed, lack
 
 OLDEST_TORCH = (2, 9)
-_EXTRAS = {
-    "lab": ("scikit-learn", "scikit-image", "scipy", "statsmodels", "matplotlib", "jinja2", "rich", "pebble"),
-    "parquet": ("pyarrow",),
-    "torchjd": ("torchjd",),
-}
 _BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 
@@ -37,7 +32,7 @@ def diagnose(out: Path) -> int:
     """Print all findings; returns 1 when something would stop a study."""
     findings = [
         _python(),
-        torch_finding(_version("torch")),
+        torch_finding(installed("torch")),
         _threads(),
         _memory(),
         _disk(out),
@@ -50,13 +45,6 @@ def diagnose(out: Path) -> int:
         mark = "ok" if not f.fix else ("FAIL" if f.fatal else "note")
         say(f"{mark:4} {f.name:{width}}  {f.value}{'. ' + f.fix if f.fix else ''}")
     return int(any(f.fatal for f in findings))
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _python() -> Finding:
@@ -85,7 +73,7 @@ def require_torch() -> None:
     Raises:
         TrialError: if torch is missing or too old, with the command that installs it.
     """
-    found = torch_finding(_version("torch"))
+    found = torch_finding(installed("torch"))
     if found.fatal:
         raise TrialError(f"torch: {found.value}. {found.fix}")
 
@@ -114,11 +102,9 @@ def _disk(out: Path) -> Finding:
 
 def _extras() -> list[Finding]:
     found = []
-    for extra, packages in _EXTRAS.items():
-        missing = [p for p in packages if _version(p) is None]
-        have = ", ".join(f"{p} {_version(p)}" for p in packages if p not in missing)
-        fix = f'Missing {", ".join(missing)}: pip install "pullback[{extra}]"' if missing else ""
-        found.append(Finding(f"extra {extra}", have or "not installed", fix))
+    for name, extra in EXTRAS.items():
+        have = [f"{p} {version}" for p in (*extra.packages, *extra.alone) if (version := installed(p))]
+        found.append(Finding(f"extra {name}", ", ".join(have) or "not installed", lack([name])))
     return found
 
 

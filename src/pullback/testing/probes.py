@@ -58,6 +58,12 @@ def _watch(case: Case, look: Callable[[nn.Module], Any], what: str) -> None:
         )  # fmt: skip
 
 
+def _objects(model: nn.Module) -> dict[str, int]:
+    """Identity of every parameter and buffer."""
+    rows = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return {name: id(tensor) for name, tensor in rows}
+
+
 class _Bomb(nn.Module):
     """Raises in the middle of the forward pass."""
 
@@ -96,6 +102,29 @@ def model_modes(case: Case) -> None:
 def model_hooks(case: Case) -> None:
     """No hook is left and the user's own stay, also after an exception."""
     _watch(case, hooks, "hooks")
+
+
+@check("probe", refusable="no")
+def model_objects(case: Case) -> None:
+    """Parameters and buffers are the same objects, which optimizers hold, also after an exception."""
+    _watch(case, _objects, "the tensors themselves (their copies stand in the model)")
+
+
+@check("probe", refusable="no")
+def waiting_graph(case: Case) -> None:
+    """A graph of the user's that waits for its backward pass can still be used: nothing was written into its tensors."""
+    model = user_model(case)
+    scale = torch.ones((), requires_grad=True)
+    held = [each for _, each in tensors((list(model.parameters()), list(model.buffers())))]
+    loss = torch.stack([(scale * each).sum().float() for each in held if each.is_floating_point()]).sum()
+    probe(case, built(case), model, batch_for(model, case))
+    try:
+        loss.backward()
+    except RuntimeError as error:
+        raise BrokenContract(
+            f"A measurement breaks a graph that waits for its backward pass: {str(error).splitlines()[0]}",
+            fix="Do not write into parameters or buffers, not even to put their values back.",
+        ) from error
 
 
 @check("probe", refusable="no")

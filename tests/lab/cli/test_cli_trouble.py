@@ -197,7 +197,7 @@ def test_results_of_a_room_that_is_gone_stay_readable(trial_file, tmp_path, caps
 
 
 def test_a_torch_that_is_too_old_is_one_line_with_the_cure(trial_file, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("pullback.lab.doctor._version", lambda _package: "2.5.1")
+    monkeypatch.setattr("pullback.lab.doctor.installed", lambda _package: "2.5.1")
     for words in (["trial", trial_file()], ["study", "dann", "--size", "smoke"], ["tune", "dann"]):
         assert run([*words, "--out", str(tmp_path / "runs")]) == 1
         told = capsys.readouterr().err

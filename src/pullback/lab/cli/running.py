@@ -10,7 +10,7 @@ from pathlib import Path
 from pullback.lab.cli import places
 from pullback.lab.cli.progress import make_progress
 from pullback.lab.cli.terminal import complain, say
-from pullback.lab.declare import Scalar
+from pullback.lab.declare import Scalar, Study
 from pullback.lab.doctor import require_torch
 from pullback.lab.engine import (
     Executor,
@@ -24,6 +24,7 @@ from pullback.lab.engine import (
 )
 from pullback.lab.engine.cells import check_trial
 from pullback.lab.engine.reference import nearest, room_names
+from pullback.lab.extras import lack
 from pullback.lab.result import Comparison, TrialResult
 from pullback.lab.store import Store
 from pullback.lab.trial import load_trial
@@ -110,9 +111,31 @@ def check(refs: Sequence[StudyRef], plan: Plan) -> None:
             )
 
 
+def able(refs: Sequence[StudyRef]) -> list[StudyRef]:
+    """The trials that can run here; of every other one is said in one line what it lacks.
+
+    Raises:
+        TrialError: if that leaves nothing.
+    """
+    kept, said = list[StudyRef](), ""
+    for ref in refs:
+        trial = ref.resolve()
+        lacking = lack(trial.extras) if isinstance(trial, Study) else ""
+        if lacking:
+            said = f"{ref.label} is left out, it needs optional packages. {lacking}"
+            if len(refs) > 1:
+                complain(said)
+        else:
+            kept.append(ref)
+    if refs and not kept:
+        raise TrialError(said)
+    return kept
+
+
 def run(refs: Sequence[StudyRef], plan: Plan) -> int:
     """Run trials one after the other, print each verdict, write the report; returns the exit status."""
     require_torch()
+    refs = able(refs)
     check(refs, plan)
     figures = places.drawings(refs)
     executor = _executor(plan)
@@ -191,6 +214,7 @@ def tune(refs: Sequence[StudyRef], plan: Plan) -> int:
             f"none of {', '.join(ref.label for ref in refs)} declares a tuning. Add tune=Tune(...)."
         )
     check([], plan)
+    tunable = able(tunable)
     executor = _executor(plan)
     with Store(places.store_path(plan.out)) as store, closing(executor):
         for ref in tunable:

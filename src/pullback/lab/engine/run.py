@@ -18,6 +18,7 @@ from pullback.lab.engine.events import OnEvent
 from pullback.lab.engine.executors import Executor
 from pullback.lab.engine.provenance import provenance
 from pullback.lab.engine.reference import StudyRef, nearest
+from pullback.lab.extras import lack
 from pullback.lab.result import ArmResult, CellResult, TrialResult
 from pullback.lab.tuning import Settings, Tuned
 
@@ -156,6 +157,8 @@ def _ignore(_event: object) -> None:
 def _resolved(ref: StudyRef, size: str) -> Trial:
     trial = ref.resolve()
     check_trial(trial, ref)
+    if isinstance(trial, Study) and (said := lack(trial.extras)):
+        raise TrialError(f"{ref.label} needs optional packages. {said}")
     if size not in trial.sizes:
         raise TrialError(f"{ref.label} has no size {size!r}. {nearest(size, list(trial.sizes))}")
     return trial

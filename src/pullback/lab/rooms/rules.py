@@ -13,6 +13,7 @@ from typing import Any
 
 from pullback.core.facts import Facts, FactsError, read_facts
 from pullback.lab.declare import Study
+from pullback.lab.extras import EXTRAS
 from pullback.lab.rooms.problem import Problem
 from pullback.lab.rooms.source import check_source, check_text
 from pullback.lab.tuning import TRACE_HASH
@@ -230,6 +231,9 @@ def _study(name: str, room: str, study: Study) -> Iterator[Problem]:
         yield Problem(
             name, 0, f"{label} has {len(study.seeds.test)} test seeds, must be at least {FEWEST_SEEDS}."
         )
+    for extra in study.extras:
+        if extra not in EXTRAS:
+            yield Problem(name, 0, f"{label} needs the extra {extra!r}, there is {', '.join(EXTRAS)}.")
     if not study.arms.rivals:
         yield Problem(
             name, 0, f"{label} has no rival arm. Name the strongest trivial alternative in Arms.rivals."

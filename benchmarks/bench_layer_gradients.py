@@ -1,0 +1,107 @@
+"""Cost of gradient spectra beside the forward and backward pass of a language model, and beside forming the gradients."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from benchmarks.harness import Row, seconds
+from torch import nn
+
+from pullback.core.spectra import product_values
+from pullback.methods.layer_gradients import GradientSpectrum, response_loss
+
+WIDTH, INNER, DEPTH, VOCABULARY = 576, 1536, 30, 8192
+TOKENS, RESPONSE = 128, 32
+
+
+def ratio_to(
+    base: str, what: dict[str, Callable[[], object]], repeats: int
+) -> dict[str, float]:
+    """Median ratios of processor time to that of ``base``, repetitions interleaved."""
+    taken = seconds(what, repeats=repeats, clock=time.process_time)
+    return {
+        name: statistics.median(a / b for a, b in zip(times, taken[base], strict=True))
+        for name, times in taken.items()
+    }
+
+
+def one_projection() -> list[Row]:
+    """One square projection and 32 response tokens: the gradient formed, or never."""
+    g = torch.Generator().manual_seed(0)
+    inputs, errors = (torch.randn(1, RESPONSE, WIDTH, generator=g) for _ in range(2))
+
+    def dense() -> torch.Tensor:
+        return torch.linalg.svdvals(errors[0].T @ inputs[0])
+
+    def full() -> torch.Tensor:
+        return torch.linalg.svd(errors[0].T @ inputs[0], full_matrices=False).S
+
+    found = ratio_to(
+        "dense",
+        {"dense": dense, "full": full, "core": lambda: product_values([(inputs, errors)], route="low_rank")},
+        7,
+    )
+    what = f"spectrum of a {WIDTH} x {WIDTH} gradient of {RESPONSE} tokens"
+    return [
+        Row(f"{what}, from the core", "forming it and svdvals", found["core"], bound=0.2),
+        Row(f"{what}, svd with vectors (official)", "forming it and svdvals", found["full"]),
+    ]
+
+
+def language_model() -> nn.Module:
+    """A Llama of 30 layers with grouped queries and random weights, in evaluation mode."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=WIDTH, intermediate_size=INNER, num_hidden_layers=DEPTH, num_attention_heads=9,
+        num_key_value_heads=3, vocab_size=VOCABULARY, tie_word_embeddings=True,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def whole_model() -> list[Row]:
+    """All 120 projections of the model, against passes without a probe."""
+    model = language_model()
+    ids = torch.randint(VOCABULARY, (1, TOKENS), generator=torch.Generator().manual_seed(1))
+    labels = ids.clone()
+    labels[:, : TOKENS - RESPONSE] = -100
+    names = [name for name, _ in model.named_parameters()]
+
+    def loss() -> torch.Tensor:
+        return response_loss(model(input_ids=ids, use_cache=False).logits, labels)
+
+    def passes(trainable: str) -> Callable[[], None]:
+        def run() -> None:
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(trainable in name)
+                parameter.grad = None
+            loss().sum().backward()
+
+        return run
+
+    probe = GradientSpectrum(model)
+    dense = GradientSpectrum(model, stats=("nuclear",), route="dense")
+    found = ratio_to(
+        "watched",
+        {"watched": passes("self_attn"), "all": passes(""), "probe": lambda: probe.measure(loss)},
+        5,
+    )
+    slow = ratio_to("watched", {"watched": passes("self_attn"), "dense": lambda: dense.measure(loss)}, 1)
+    model.requires_grad_(True)
+    what = f"all 120 projections of a {DEPTH}-layer model, {TOKENS} tokens, {RESPONSE} of the response"
+    against = "forward and backward, Q, K, V, O trainable"
+    note = f"{len(names)} parameters"
+    return [
+        Row(f"{what}: probe", against, found["probe"], bound=1.3),
+        Row(f"{what}: probe", "forward and backward, all trainable", found["probe"] / found["all"], note=note),
+        Row(f"{what}: gradients formed, svdvals", against, slow["dense"]),
+    ]
+
+
+def ratios() -> list[Row]:
+    """All rows of this benchmark."""
+    return [*one_projection(), *whole_model()]
