@@ -345,7 +345,7 @@ STUDIES: tuple[Study, ...] = (
         Training(sizes=(196, 128, 128, 10), gain=0.7, free=20, nudged=6, epochs=9),
         "Digits, clipped states, two hidden layers: opposite nudges against one",
         Arms("positive", "centered", rivals=("readout",), others=("exact", "random_sign")),
-        (0.002, 0.005, 0.01, 0.02, 0.05),
+        (0.002, 0.005, 0.01, 0.02, 0.05, 0.1),
         also=(Greater("random_sign", than="positive"), Greater("centered", than="exact")),
         paper=PaperResult("experiments", "MNIST, 2 hidden layers", note="2-3 % test error with random signs"),
         refuted_if="one nudge alone gives as low a test error as two opposite ones",

@@ -215,7 +215,7 @@ def draw_ratios(result: TrialResult) -> Figure:
     """Size of every kind of response over that of the detailed answers."""
     from pullback.lab.figures.layers import ratio_bars
 
-    metrics = {p.upper(): f"log_nuclear_{p}" for p in PROJECTIONS}
+    metrics: dict[str, str] = {p.upper(): f"log_nuclear_{p}" for p in PROJECTIONS}
     return ratio_bars(result, metrics, "mean nuclear norm over that of detailed answers")
 
 

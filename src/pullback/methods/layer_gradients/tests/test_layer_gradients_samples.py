@@ -44,7 +44,9 @@ def test_a_batch_equals_a_loop_over_its_examples(build):
     stats = tuple(each for each in STATISTICS if each != "sigma_min")
     spec = GradientSpectrum(model, stats=stats)
     together = spec.measure(lambda: losses(model, batch), tag="t", key=["a", "b", "c"]).records
-    assert [each.key for each in together] == ["a", "b", "c"] and spec.seen("b", "t") and not spec.seen("b", "u")
+    assert [each.key for each in together] == ["a", "b", "c"]
+    assert spec.seen("b", "t")
+    assert not spec.seen("b", "u")
     loop = GradientSpectrum(model, stats=stats)
     for index in range(3):
         loop.measure(lambda i=index: losses(model, batch, slice(i, i + 1)))
@@ -79,7 +81,9 @@ def test_sequences_longer_than_the_layer_are_split_as_well(tokens):
     records = GradientSpectrum(model, PATTERN).measure(lambda: model(x).square().sum((1, 2))).records
     for index, record in enumerate(records):
         wanted = reference.gradients(model(x[index : index + 1]).square().sum(), [model.layers[0].weight])[0]
-        assert record.values["nuclear"]["weight"][0] == approx(reference.statistics(wanted)["nuclear"], rel=1e-5)
+        assert record.values["nuclear"]["weight"][0] == approx(
+            reference.statistics(wanted)["nuclear"], rel=1e-5
+        )
 
 
 def test_other_axis_of_the_batch():
@@ -108,7 +112,9 @@ def test_a_layer_called_twice_adds_up_sample_by_sample():
     for index, record in enumerate(records):
         row = x[index : index + 1]
         wanted = reference.gradients(model(model(row)).sum(), [model.layers[0].weight])[0]
-        assert record.values["nuclear"]["weight"][0] == approx(reference.statistics(wanted)["nuclear"], rel=1e-5)
+        assert record.values["nuclear"]["weight"][0] == approx(
+            reference.statistics(wanted)["nuclear"], rel=1e-5
+        )
 
 
 def test_two_backward_passes_add_up():
@@ -119,7 +125,9 @@ def test_two_backward_passes_add_up():
         out.sum().backward(retain_graph=True)
         out.square().sum().backward()
     wanted = reference.gradients(model(x).sum() + model(x).square().sum(), [model.layers[0].weight])[0]
-    assert spec.records[0].values["nuclear"]["weight"][0] == approx(reference.statistics(wanted)["nuclear"], rel=1e-5)
+    assert spec.records[0].values["nuclear"]["weight"][0] == approx(
+        reference.statistics(wanted)["nuclear"], rel=1e-5
+    )
 
 
 def test_similarity_is_the_cosine_of_neighbours():
@@ -151,7 +159,8 @@ def test_masked_loss_equals_slicing_by_hand_and_ignores_prompt_labels():
     logits = x_of(2, 5, 7).requires_grad_()
     labels = torch.tensor([[-100, -100, 3, 4, -100], [-100, 1, 2, 3, 4]])
     response_loss(logits, labels).sum().backward()
-    assert not logits.grad[0, [0, 3, 4]].any() and logits.grad[0, [1, 2]].any(1).all()
+    assert not logits.grad[0, [0, 3, 4]].any()
+    assert logits.grad[0, [1, 2]].any(1).all()
     logits = logits.detach()
     rows = response_loss(logits, labels)
     assert float(response_loss(logits, labels, reduction="mean")) == approx(float(rows.mean()))
@@ -182,7 +191,10 @@ def test_responses_are_joined_as_ids():
         (lambda: response_loss(torch.zeros(1, 3, 5), torch.tensor([[4, -100, -100]])), "none in example 0"),
         (lambda: response_loss(torch.zeros(1, 3, 5), torch.zeros(1, 2, dtype=torch.long)), "Do not shift"),
         (lambda: response_loss(torch.zeros(1, 3, 5), None), "labels must be a tensor of integers, got None"),
-        (lambda: response_loss(torch.zeros(1, 3, 5), torch.zeros(1, 3)), "labels must be a tensor of integers"),
+        (
+            lambda: response_loss(torch.zeros(1, 3, 5), torch.zeros(1, 3)),
+            "labels must be a tensor of integers",
+        ),
     ],
     ids=["empty", "text", "floats", "none", "long", "ignored", "first", "shifted", "missing", "float"],
 )
@@ -198,9 +210,13 @@ def test_bad_responses_are_refused(call, message):
 def test_half_precision_is_decomposed_in_float32(dtype):
     model, x = models.mlp().to(dtype), x_of(1, 4, 6).to(dtype)
     for route in ("auto", "dense"):
-        record = GradientSpectrum(model, PATTERN, route=route).measure(lambda: model(x).float().sum()).records[0]
+        record = (
+            GradientSpectrum(model, PATTERN, route=route).measure(lambda: model(x).float().sum()).records[0]
+        )
         (wanted,) = reference.gradients(model(x).float().sum(), [model.layers[0].weight])
-        assert record.values["nuclear"]["weight"][0] == approx(reference.statistics(wanted)["nuclear"], rel=0.02)
+        assert record.values["nuclear"]["weight"][0] == approx(
+            reference.statistics(wanted)["nuclear"], rel=0.02
+        )
 
 
 def test_loss_scale_saves_tiny_half_gradients_and_is_divided_out():
@@ -210,7 +226,9 @@ def test_loss_scale_saves_tiny_half_gradients_and_is_divided_out():
     scaled = GradientSpectrum(model, PATTERN, loss_scale=2.0**26).measure(loss).records[0]
     big = GradientSpectrum(model, PATTERN).measure(lambda: model(x).float().sum()).records[0]
     assert plain.values["nuclear"]["weight"][0] == 0
-    assert scaled.values["nuclear"]["weight"][0] * 2.0**26 == approx(big.values["nuclear"]["weight"][0], rel=1e-6)
+    assert scaled.values["nuclear"]["weight"][0] * 2.0**26 == approx(
+        big.values["nuclear"]["weight"][0], rel=1e-6
+    )
     assert scaled.values["sigma1_ratio"] == big.values["sigma1_ratio"]
     assert scaled.loss == approx(big.loss * 2.0**-26)
 
@@ -220,7 +238,12 @@ def test_loss_times_k_scales_sizes_alone():
     spec = GradientSpectrum(model)
     spec.measure(lambda: losses(model, batch), "one")
     spec.measure(lambda: 8.0 * losses(model, batch), "eight")
-    for name, factor in (("nuclear", 8.0), ("frobenius", 8.0), ("sigma1_ratio", 1.0), ("effective_rank", 1.0)):
+    for name, factor in (
+        ("nuclear", 8.0),
+        ("frobenius", 8.0),
+        ("sigma1_ratio", 1.0),
+        ("effective_rank", 1.0),
+    ):
         one, eight = spec.curve(name, tag="one"), spec.curve(name, tag="eight")
         for proj in "qkvo":
             assert eight[proj].tolist() == approx((factor * one[proj]).tolist(), rel=1e-5)
@@ -253,29 +276,37 @@ def test_gradients_flags_and_graphs_of_the_user_survive():
     assert [each.weight.requires_grad for each in model.layers] == [True, False, True]
     assert model.layers[2].weight.grad is None
     before.backward()
-    assert len(calls) == 2 and model.layers[2].weight.grad.any()
+    assert len(calls) == 2
+    assert model.layers[2].weight.grad.any()
 
 
 def test_a_frozen_model_is_measured_all_the_same():
     model, x = models.llama(), models.ids()
     trained = GradientSpectrum(model).measure(lambda: models.logits(model, x).sum()).records
     model.requires_grad_(False)
-    same_records(GradientSpectrum(model).measure(lambda: models.logits(model, x).sum()).records, trained, rel=1e-6)
+    same_records(
+        GradientSpectrum(model).measure(lambda: models.logits(model, x).sum()).records, trained, rel=1e-6
+    )
     assert not any(each.requires_grad for each in model.parameters())
 
 
 def test_dropout_is_off_by_default_and_repeats_when_on():
     model = models.seeded(lambda: nn.Sequential(nn.Linear(6, 6), nn.Dropout(0.5), nn.Linear(6, 6))).train()
     pattern, x = r"(?P<layer>\d+)\.(?P<proj>weight)", x_of(4, 6)
-    record = lambda **k: GradientSpectrum(model, pattern, **k).measure(lambda: model(x).square().sum(1)).records  # noqa: E731
+    record = lambda **k: (
+        GradientSpectrum(model, pattern, **k).measure(lambda: model(x).square().sum(1)).records
+    )
     still = record()
     assert model.training
     model.eval()
     same_records(still, record(training=None), rel=1e-6)
     model.train()
     noisy = record(training=None)
-    assert noisy == record(training=True) and noisy != record(training=None, seed=1)
-    assert noisy[0].values["nuclear"]["weight"][0] != approx(still[0].values["nuclear"]["weight"][0], rel=1e-3)
+    assert noisy == record(training=True)
+    assert noisy != record(training=None, seed=1)
+    assert noisy[0].values["nuclear"]["weight"][0] != approx(
+        still[0].values["nuclear"]["weight"][0], rel=1e-3
+    )
 
 
 # --- trouble --------------------------------------------------------------------------------------------------------
@@ -288,7 +319,9 @@ def test_nan_is_recorded_for_its_matrix_and_counted(route):
     spec = GradientSpectrum(model, PATTERN, route=route)
     spec.measure(lambda: model(x).sum(), "t")
     first, second = spec.records[0].values["nuclear"]["weight"]
-    assert math.isnan(first) and second > 0 and spec.records[0].nonfinite == 1
+    assert math.isnan(first)
+    assert second > 0
+    assert spec.records[0].nonfinite == 1
     assert spec.curve(tag="t").dropped == {"weight": 1}
     strict = GradientSpectrum(model, PATTERN, route=route, nonfinite="raise")
     with pytest.raises(NonFiniteError, match="NaN or Inf in 1 of 2 matrices"):
@@ -305,7 +338,7 @@ def test_zero_gradients_are_zero_in_every_statistic():
 
 
 def run(spec, inside, outside=None):
-    with (outside or torch.enable_grad()), spec.sample():
+    with outside or torch.enable_grad(), spec.sample():
         inside()
 
 
@@ -338,7 +371,10 @@ class Flat(nn.Module):
         (lambda m, x: m(x), "must run a backward pass through the watched weights, got none"),
         (lambda m, x: m.layers[1](x).sum().backward(), "got no call of 'layers.0.weight'"),
         (no_grad_inside, "must run with gradients, got a call under no_grad"),
-        (lambda m, x: checkpoint(m, x.requires_grad_(), use_reentrant=True).sum().backward(), "use_reentrant=False"),
+        (
+            lambda m, x: checkpoint(m, x.requires_grad_(), use_reentrant=True).sum().backward(),
+            "use_reentrant=False",
+        ),
         (overwritten, "'layers.0.weight' must not be overwritten after its call"),
     ],
     ids=["nothing", "forward", "half", "no_grad", "reentrant", "in_place"],
@@ -397,7 +433,10 @@ def test_samples_of_one_probe_do_not_nest():
 @pytest.mark.parametrize(
     ("act", "message"),
     [
-        (lambda s, m, x: s.measure(lambda: m(x).sum(1), tag=["a"]), "tag must be one string or one per example, got 1 for 2"),
+        (
+            lambda s, m, x: s.measure(lambda: m(x).sum(1), tag=["a"]),
+            "tag must be one string or one per example, got 1 for 2",
+        ),
         (lambda s, m, x: s.measure(lambda: m(x).sum(1), key=[1, 2]), "key must be of type str"),
         (lambda s, m, x: s.measure(lambda: m(x).sum()), "one number per example, got 1 for 2"),
         (lambda s, m, x: s.measure(lambda: m(x).sum().detach()), "without a graph"),
@@ -422,7 +461,9 @@ def test_per_sample_requests_that_do_not_fit(act, message):
 
 def test_axes_that_are_lost_inside_the_model_are_refused():
     model = models.seeded(Flat)
-    with pytest.raises(RuntimeError, match=r"'layers.0.weight' must have the 2 samples along axis 0, got the shape \(8, 6\)"):
+    with pytest.raises(
+        RuntimeError, match=r"'layers.0.weight' must have the 2 samples along axis 0, got the shape \(8, 6\)"
+    ):
         GradientSpectrum(model, PATTERN).measure(lambda: model(x_of(2, 4, 6)).sum((1, 2)))
     assert len(GradientSpectrum(model, PATTERN).measure(lambda: model(x_of(1, 4, 6)).sum()).records) == 1
     encoder = models.encoder()
@@ -452,5 +493,6 @@ def test_an_error_in_the_block_passes_on_and_records_nothing():
     with pytest.raises(ArithmeticError, match="mine"), spec.sample():
         model(x_of(1, 6)).sum().backward()
         raise ArithmeticError("mine")
-    assert spec.records == [] and not model.layers[0]._forward_hooks
+    assert spec.records == []
+    assert not model.layers[0]._forward_hooks
     assert all(each.grad is None and each.requires_grad for each in model.parameters())
