@@ -9,14 +9,13 @@ import os
 
 import pytest
 import torch
-from pytest import approx
 from torch import nn
 
 from pullback.methods.layer_gradients import GradientSpectrum, layer_curve
-from pullback.methods.layer_gradients.tests import models, reference
+from pullback.methods.layer_gradients.tests import cases, reference
 from pullback.testing import run_ranks
 
-PATTERN = models.LINEAR
+PATTERN = cases.LINEAR
 
 
 def x_of(*shape, seed=1):
@@ -40,7 +39,7 @@ def of_grads(model):
 def test_watching_reads_the_accumulated_gradient_of_every_nth_step_and_changes_nothing(make):
     trained = []
     for watched in (True, False):
-        model = models.mlp()
+        model = cases.mlp()
         optimizer = make(model.parameters(), lr=0.1)
         schedule = torch.optim.lr_scheduler.StepLR(optimizer, 2)
         spec = GradientSpectrum(model, PATTERN)
@@ -59,17 +58,17 @@ def test_watching_reads_the_accumulated_gradient_of_every_nth_step_and_changes_n
             assert [each.key for each in spec.records] == ["0", "3", "6"]
             assert {each.reduction for each in spec.records} == {"batch"}
             for record in spec.records:
-                assert nuclear(record) == approx(wanted[record.key], rel=1e-5)
-            assert handle.steps == 7
-            handle.remove()
-            handle.remove()
+                assert nuclear(record) == pytest.approx(wanted[record.key], rel=1e-5)
+            assert handle.steps == 7  # ty: ignore[missing-union-attribute]
+            handle.remove()  # ty: ignore[missing-union-attribute]
+            handle.remove()  # ty: ignore[missing-union-attribute]
             optimizer.step()
-            assert (len(spec.records), handle.attached, handle.steps) == (3, False, 7)
+            assert (len(spec.records), handle.attached, handle.steps) == (3, False, 7)  # ty: ignore[missing-union-attribute]
     assert torch.equal(*trained)
 
 
 def test_watching_with_closure_resumed_and_as_a_block():
-    model = models.mlp()
+    model = cases.mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     spec = GradientSpectrum(model, PATTERN)
 
@@ -92,7 +91,7 @@ def test_watching_with_closure_resumed_and_as_a_block():
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
 def test_with_torchs_own_scaler(fused):
-    model = models.mlp()
+    model = cases.mlp()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
     spec = GradientSpectrum(model, PATTERN)
     spec.watch(optimizer, every=1)
@@ -105,7 +104,7 @@ def test_with_torchs_own_scaler(fused):
     scaler.scale(loss).backward()
     scaler.step(optimizer)
     scaler.update()
-    assert nuclear(spec.records[0]) == approx(wanted, rel=1e-5)
+    assert nuclear(spec.records[0]) == pytest.approx(wanted, rel=1e-5)
     (scaler.scale(model(x_of(4, 6)).sum()) * math.inf).backward()
     scaler.step(optimizer)
     assert len(spec.records) == 1  # a step that overflows is left out, and so is its reading
@@ -119,7 +118,7 @@ class Twice(torch.optim.SGD):
 
 
 def test_a_subclass_that_calls_its_parents_step_counts_once():
-    model = models.mlp()
+    model = cases.mlp()
     optimizer = Twice(model.parameters(), lr=0.1)
     spec = GradientSpectrum(model, PATTERN)
     handle = spec.watch(optimizer, every=2)
@@ -130,7 +129,7 @@ def test_a_subclass_that_calls_its_parents_step_counts_once():
 
 
 def test_what_cannot_be_watched_is_refused():
-    model = models.mlp()
+    model = cases.mlp()
     spec = GradientSpectrum(model, PATTERN)
     with pytest.raises(TypeError, match="LBFGS"):
         spec.watch(torch.optim.LBFGS(model.parameters()))
@@ -146,12 +145,12 @@ def test_what_cannot_be_watched_is_refused():
     with pytest.raises(ValueError, match="got 'nuclear_per_loss'"):
         GradientSpectrum(model, PATTERN, stats=("nuclear_per_loss",)).watch(optimizer)
     spec.watch(optimizer, every=1)
-    with pytest.raises(RuntimeError, match="got none in step 0. Call loss.backward"):
+    with pytest.raises(RuntimeError, match=r"got none in step 0\. Call loss\.backward"):
         optimizer.step()
 
 
 def test_a_weight_without_gradient_is_unknown_in_a_watch():
-    model = models.mlp()
+    model = cases.mlp()
     model.layers[0].requires_grad_(False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     spec = GradientSpectrum(model, PATTERN)
@@ -168,7 +167,7 @@ def test_a_weight_without_gradient_is_unknown_in_a_watch():
 
 
 def filled(path, tags, *, resume=False, **settings):
-    model = models.mlp()
+    model = cases.mlp()
     spec = GradientSpectrum(model, PATTERN, **settings)
     log = spec.to_jsonl(path, resume=resume)
     for tag in tags:
@@ -190,14 +189,14 @@ def test_a_file_holds_every_record_as_it_comes_and_is_resumed(tmp_path):
     assert second.records[:2] == first.records or math.isnan(first.records[0].loss)
     assert second.curve(tag="a")["weight"].tolist() == first.curve(tag="a")["weight"].tolist()
     log.close()
-    with pytest.raises(ValueError, match="closed. Open it again"):
+    with pytest.raises(ValueError, match=r"closed\. Open it again"):
         log.flush()
     third, _ = filled(path, [], resume=True)
     assert [each.key for each in third.records] == ["a", "b", "c"]
 
 
 def test_records_made_before_the_file_are_written_too(tmp_path):
-    model = models.mlp()
+    model = cases.mlp()
     spec = GradientSpectrum(model, PATTERN)
     spec.measure(lambda: model(x_of(1, 6)).sum(), "early")
     log = spec.to_jsonl(tmp_path / "a.jsonl")
@@ -258,7 +257,7 @@ def test_damage_in_the_middle_is_refused(tmp_path):
 
 def test_nothing_is_lost_on_a_full_disk(tmp_path, monkeypatch):
     path = tmp_path / "grads.jsonl"
-    model = models.mlp()
+    model = cases.mlp()
     spec = GradientSpectrum(model, PATTERN)
     log = spec.to_jsonl(path)
     spec.measure(lambda: model(x_of(1, 6)).sum(), "a")
@@ -292,7 +291,7 @@ def test_nothing_is_lost_on_a_full_disk(tmp_path, monkeypatch):
 
 
 def found_on(rank):
-    model = models.mlp()
+    model = cases.mlp()
     wrapped = nn.parallel.DistributedDataParallel(model)
     optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
     spec = GradientSpectrum(wrapped, PATTERN)
@@ -319,7 +318,7 @@ def test_two_processes_gather_and_read_averaged_gradients():
     assert torch.equal(first[2], second[2])
     assert torch.equal(first[5], second[5])
     assert first[4] == second[4]
-    model = models.mlp()
+    model = cases.mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     wanted = []
     for step in range(3):
@@ -328,8 +327,8 @@ def test_two_processes_gather_and_read_averaged_gradients():
             (model(x_of(4, 6, seed=10 * step + rank)).square().mean() / 2).backward()
         wanted.append(of_grads(model))
         optimizer.step()
-    assert first[4][0] == approx(wanted[0], rel=1e-5)
-    assert first[4][1] == approx(wanted[2], rel=1e-5)
+    assert first[4][0] == pytest.approx(wanted[0], rel=1e-5)
+    assert first[4][1] == pytest.approx(wanted[2], rel=1e-5)
     alone = GradientSpectrum(model, PATTERN)
     alone.measure(lambda: model(x_of(1, 6)).sum())
     assert [nuclear(each) for each in alone.gather()] == [nuclear(each) for each in alone.records]

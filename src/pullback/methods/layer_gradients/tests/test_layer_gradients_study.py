@@ -122,12 +122,12 @@ def test_the_drawings_show_every_arm_and_projection():
         )  # fmt: skip
         for figure in declared.figures:
             if hasattr(figure, "draw"):
-                drawn = figure.draw(result)
+                drawn = figure.draw(result)  # ty: ignore[not-callable]
                 drawn.canvas.draw()
                 text = " ".join(t.get_text() for t in drawn.findobj(lambda a: hasattr(a, "get_text")))
-                shown = {"layers": study.FORMATS, "auc": declared.arms.names()}.get(figure.name)
+                shown = {"layers": study.FORMATS, "auc": declared.arms.names()}.get(figure.name)  # ty: ignore[missing-union-attribute]
                 for word in shown or [arm for arm in declared.arms.names() if arm != "detailed"]:
                     assert word in text
-                if figure.name == "layers":
+                if figure.name == "layers":  # ty: ignore[missing-union-attribute]
                     lines = [len(ax.lines) for ax in drawn.axes]
                     assert lines == [12, 12, 12]  # four projections: a mean and two seeds each
