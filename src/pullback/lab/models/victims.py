@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pullback.core.streams import stream_seed
 
-ARCHITECTURES = ("mlp", "vit", "cnn", "lenet", "resnet")
+ARCHITECTURES = ("mlp", "vit", "cnn", "resnet")
 
 
 def victim(architecture: str, p: float, seed: int, *, width: int = 0) -> nn.Module:
@@ -29,13 +29,34 @@ def victim(architecture: str, p: float, seed: int, *, width: int = 0) -> nn.Modu
     Raises:
         ValueError: if there is no such architecture.
     """
-    builders = {"mlp": (mlp, 256), "vit": (ViT, 64), "cnn": (cnn, 12), "lenet": (lenet, 6), "resnet": (ResNet, 8)}
+    builders = {"mlp": (mlp, 256), "vit": (ViT, 64), "cnn": (cnn, 12), "resnet": (ResNet, 8)}
     if architecture not in builders:
         raise ValueError(f"architecture must be one of {ARCHITECTURES}, got {architecture!r}. Choose one.")
     build, own = builders[architecture]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream_seed("victim", seed))
         return build(p, width or own)
+
+
+class AlwaysDropout(nn.Module):
+    """Dropout that draws new masks in every mode, as in an attacker's network that was left in training mode."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Drop units of x."""
+        return nn.functional.dropout(x, self.p, training=True)
+
+
+def always_drop_(net: nn.Module) -> int:
+    """Exchange every dropout layer for one that never stops drawing; gives their number."""
+    found = [(parent, name) for parent in net.modules() for name, child in parent.named_children()
+             if isinstance(child, nn.Dropout)]  # fmt: skip
+    for parent, name in found:
+        setattr(parent, name, AlwaysDropout(getattr(parent, name).p))
+    return len(found)
 
 
 def mlp(p: float, width: int = 256, layers: int = 3) -> nn.Sequential:
@@ -53,7 +74,7 @@ def mlp(p: float, width: int = 256, layers: int = 3) -> nn.Sequential:
 
 
 def cnn(p: float, width: int = 12) -> nn.Sequential:
-    """Three convolutions, each followed by GELU and dropout, and a linear layer."""
+    """Three convolutions, each followed by GELU and dropout, and a linear layer: LeNet as attacks on gradients use it."""
     return nn.Sequential(
         nn.Conv2d(1, width, 5, stride=2, padding=2),
         nn.GELU(),
@@ -66,29 +87,6 @@ def cnn(p: float, width: int = 12) -> nn.Sequential:
         nn.Dropout(p),
         nn.Flatten(),
         nn.Linear(49 * width, 10),
-    )
-
-
-def lenet(p: float, width: int = 6) -> nn.Sequential:
-    """LeNet-5 with smooth activations, mean pooling, and dropout after every activation."""
-    last = 16 * width // 6
-    return nn.Sequential(
-        nn.Conv2d(1, width, 5, padding=2),
-        nn.GELU(),
-        nn.Dropout(p),
-        nn.AvgPool2d(2),
-        nn.Conv2d(width, last, 5),
-        nn.GELU(),
-        nn.Dropout(p),
-        nn.AvgPool2d(2),
-        nn.Flatten(),
-        nn.Linear(25 * last, 120),
-        nn.GELU(),
-        nn.Dropout(p),
-        nn.Linear(120, 84),
-        nn.GELU(),
-        nn.Dropout(p),
-        nn.Linear(84, 10),
     )
 
 
