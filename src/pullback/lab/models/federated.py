@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,13 @@ from torch.nn.functional import cross_entropy
 from pullback.core.streams import generator, stream_seed
 from pullback.lab.models.inverted import held_images, reference
 
-Defence: TypeAlias = Callable[[list[Tensor]], Sequence[Tensor]]
-"""What a client does to its gradients before it shares them."""
+
+class Defends(Protocol):
+    """What a client does to its gradients before it shares them, such as those of `pullback.core.gradient_defences`."""
+
+    def __call__(self, gradients: Sequence[Tensor], *, step: int = 0) -> list[Tensor]:
+        """New gradients; ``step`` tells the draws of different calls apart."""
+        ...
 
 
 def client_gradients(net: nn.Module, x: Tensor, y: Tensor) -> list[Tensor]:
@@ -22,7 +27,7 @@ def client_gradients(net: nn.Module, x: Tensor, y: Tensor) -> list[Tensor]:
 
 
 def federated_accuracy(
-    net: nn.Module, defence: Defence, *, rounds: int, clients: int, lr: float, seed: int
+    net: nn.Module, defence: Defends, *, rounds: int, clients: int, lr: float, seed: int
 ) -> float:
     """Train ``net`` in place by rounds of clients with one image each, and score it on the 1,000 held-out digits.
 
@@ -46,13 +51,14 @@ def federated_accuracy(
     net.train()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream_seed("federated-dropout", seed))
-        for rows in order.split(clients):
-            total = [torch.zeros_like(p) for p in parameters]
-            for row in rows.tolist():
-                torch._foreach_add_(total, list(defence(client_gradients(net, x[row : row + 1], y[row : row + 1]))))
-            for p, gradient in zip(parameters, total, strict=True):
-                p.grad = gradient.div_(len(rows))
-            optimizer.step()
+        for step, row in enumerate(order.tolist()):
+            shared = defence(client_gradients(net, x[row : row + 1], y[row : row + 1]), step=step)
+            for p, gradient in zip(parameters, shared, strict=True):
+                mine = gradient / clients
+                p.grad = mine if p.grad is None else p.grad.add_(mine)
+            if (step + 1) % clients == 0:
+                optimizer.step()
+                optimizer.zero_grad()
     net.eval()
     held, labels = held_images()
     with torch.no_grad():

@@ -11,6 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from pullback.core.image_quality import psnr, ssim
 from pullback.core.streams import generator
 from pullback.lab.data import mnist
 
@@ -18,6 +19,8 @@ MEAN, STD = 0.1307, 0.3081
 LOW, HIGH = (0.0 - MEAN) / STD, (1.0 - MEAN) / STD
 """Black and white of standardised images."""
 VICTIMS = 1000
+EXACT = 60.0
+"""dB from which on a reconstruction is exact: a picture rounded to its 256 grey values lies at 59."""
 
 
 @cache
@@ -74,14 +77,14 @@ def nearest_images(x: Tensor) -> Tensor:
 # --- scores --------------------------------------------------------------------------------------------------
 
 
-def squared_errors(guess: Tensor, x: Tensor) -> Tensor:
-    """Mean squared error in [0, 1] of every image: [n]."""
-    return ((guess - x) * STD).square().flatten(1).mean(1)
+def decibels(guess: Tensor, x: Tensor) -> float:
+    """Mean peak signal-to-noise ratio, at most `EXACT`, of images that lie in one order."""
+    return float(psnr(guess, x, data_range=1 / STD).clamp_max(EXACT).mean())
 
 
-def mean_psnr(guess: Tensor, x: Tensor) -> float:
-    """Peak signal-to-noise ratio, dB, mean over images of one and the same order."""
-    return float((-10 * squared_errors(guess, x).clamp_min(1e-12).log10()).mean())
+def structure(guess: Tensor, x: Tensor) -> float:
+    """Mean structural similarity."""
+    return float(ssim(guess, x, data_range=1 / STD).mean())
 
 
 def identified(guess: Tensor, x: Tensor, labels: Tensor) -> float:
