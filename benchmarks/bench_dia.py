@@ -77,7 +77,9 @@ def _import_peer() -> Any:
     """breaching's attacker class and omegaconf, or an ImportError."""
     for needed in ("breaching", "omegaconf", "hydra"):
         if importlib.util.find_spec(needed) is None:
-            raise ImportError(f"{needed} is not installed: pip install --no-deps breaching==0.1.2; pip install hydra-core")
+            raise ImportError(
+                f"{needed} is not installed: pip install --no-deps breaching==0.1.2; pip install hydra-core"
+            )
     finder = _StandIns()
     sys.meta_path.insert(0, finder)
     try:
@@ -111,10 +113,16 @@ class Peer:
         settings.merge_with(OmegaConf.load(folder / "invertinggradients.yaml"))
         settings.regularization.total_variation.scale = tv
         settings.optim.update({"max_iterations": steps, "step_size_decay": None, "callback": 10**9})
-        self.attack = attacker(model, nn.CrossEntropyLoss(), settings, {"dtype": torch.float, "device": x.device})
+        self.attack = attacker(
+            model, nn.CrossEntropyLoss(), settings, {"dtype": torch.float, "device": x.device}
+        )
         facts = types.SimpleNamespace(shape=list(x.shape[1:]), modality="vision")
         self.payload = [
-            {"parameters": [p.detach() for p in model.parameters()], "buffers": list(model.buffers()), "metadata": facts}
+            {
+                "parameters": [p.detach() for p in model.parameters()],
+                "buffers": list(model.buffers()),
+                "metadata": facts,
+            }
         ]
         local = {"num_data_points": len(x), "labels": labels, "local_hyperparams": None}
         self.shared = [{"gradients": list(gradients), "buffers": None, "metadata": local}]
@@ -146,7 +154,9 @@ class Problem:
         self.gradients = torch.autograd.grad(loss, list(self.model.parameters()))
         self.start = torch.randn(self.x.shape).clamp(0, 1)
 
-    def ours(self, attack: type[GradientInversion] = GradientInversion, *, tv: float = TV, steps: int = STEPS) -> Any:
+    def ours(
+        self, attack: type[GradientInversion] = GradientInversion, *, tv: float = TV, steps: int = STEPS
+    ) -> Any:
         """A call that runs our attack from the start, never stopping early."""
         search = attack(
             self.model,

@@ -43,7 +43,9 @@ def reconstructions(
     shown = {row: found for row, found in shown.items() if found}
     seeds = sorted(set.intersection(*(set(found) for found in shown.values())))[:limit] if shown else []
     if not seeds:
-        raise ValueError(f"rows must name arms whose runs logged images, got {dict(rows)}. Log them in a run.")
+        raise ValueError(
+            f"rows must name arms whose runs logged images, got {dict(rows)}. Log them in a run."
+        )
     titles = list[str]()
     for row in shown:
         arm, array = rows[row]
@@ -77,7 +79,9 @@ def trade_off(
             ax.plot(stack[..., 1].ravel(), stack[..., 2].ravel(), ".", color=colour, alpha=0.25, markersize=4)
             ax.plot(mean[:, 1], mean[:, 2], marker=marks[arm.name], color=colour, label=arm.name)
             for setting, x, y in mean if not labels or arm.name in labels else ():
-                ax.annotate(f"{setting:g}", (x, y), (4, 4), textcoords="offset points", fontsize=7, color=MUTED)
+                ax.annotate(
+                    f"{setting:g}", (x, y), (4, 4), textcoords="offset points", fontsize=7, color=MUTED
+                )
         ax.set(xlabel=xlabel, ylabel=ylabel)
         ax.tick_params(colors=INK)
         ax.grid()

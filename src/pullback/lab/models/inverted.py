@@ -96,7 +96,9 @@ def identified(guess: Tensor, x: Tensor, labels: Tensor) -> float:
     right = 0
     for one, own, label in zip(guess, x, labels, strict=True):
         others = everyone[digits == label]
-        right += int((others - one).square().flatten(1).sum(1).min() >= (own - one).square().sum() * (1 - 1e-6))
+        right += int(
+            (others - one).square().flatten(1).sum(1).min() >= (own - one).square().sum() * (1 - 1e-6)
+        )
     return right / len(x)
 
 

@@ -1,13 +1,14 @@
 """Small classifiers of 28 x 28 digits with dropout, whose gradients are attacked; untrained, as in the papers.
 
-Every dropout is a module of its own, attention is written out: an attack that puts masks in the place of dropout must be
-able to reach each of them. Weights are drawn by the seed alone, so that victims which differ only in their dropout
+Every dropout is a module of its own, attention is written out: an attack that puts masks in the place of dropout must
+be able to reach each of them. Weights are drawn by the seed alone, so that victims which differ only in their dropout
 rate share them.
 """
 
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -67,14 +68,13 @@ def mlp(p: float, width: int = 256, layers: int = 3) -> nn.Sequential:
     """
     sizes = [784, *[width] * layers]
     hidden = [
-        nn.Sequential(nn.Linear(a, b, bias=False), nn.GELU(), nn.Dropout(p))
-        for a, b in zip(sizes[:-1], sizes[1:], strict=True)
+        nn.Sequential(nn.Linear(a, b, bias=False), nn.GELU(), nn.Dropout(p)) for a, b in pairwise(sizes)
     ]
     return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(width, 10, bias=False))
 
 
 def cnn(p: float, width: int = 12) -> nn.Sequential:
-    """Three convolutions, each followed by GELU and dropout, and a linear layer: LeNet as attacks on gradients use it."""
+    """Three convolutions, each followed by GELU and dropout, and a linear layer: a LeNet as attacks use it."""
     return nn.Sequential(
         nn.Conv2d(1, width, 5, stride=2, padding=2),
         nn.GELU(),
@@ -181,7 +181,9 @@ class ResNet(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(1, width, 3, padding=1, bias=False)
         self.norm, self.drop = nn.BatchNorm2d(width), nn.Dropout(p)
-        self.blocks = nn.Sequential(ResidualBlock(width, 2 * width, p), ResidualBlock(2 * width, 2 * width, p))
+        self.blocks = nn.Sequential(
+            ResidualBlock(width, 2 * width, p), ResidualBlock(2 * width, 2 * width, p)
+        )
         self.head = nn.Linear(49 * 2 * width, 10)
 
     def forward(self, x: Tensor) -> Tensor:

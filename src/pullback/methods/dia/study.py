@@ -1,9 +1,9 @@
 """Does dropout hide an image from whoever sees its gradient?
 
-One client shares the gradient of one image (or four) of an untrained network in training mode. Arms differ in what the
-attacker knows or guesses of the dropout masks; first images, optimizer and number of iterations are the same, and nobody
-stops early. Beside them stand attackers who need no gradient, and a perceptron whose first layer gives the image away.
-The last study asks what hides an image better than dropout does, and at what cost.
+One client shares the gradient of one image (or four) of an untrained network in training mode. Arms differ in what
+the attacker knows or guesses of the dropout masks; first images, optimizer and number of iterations are the same, and
+nobody stops early. Beside them stand attackers who need no gradient, and a perceptron whose first layer gives the image
+away. The last study asks what hides an image better than dropout does, and at what cost.
 """
 
 from __future__ import annotations
@@ -22,23 +22,7 @@ from pullback.core.gradient_defences import Clip, Compose, Defence, GaussianNois
 from pullback.core.image_quality import match
 from pullback.core.inversion_terms import GradientMatching
 from pullback.core.streams import stream_seed
-from pullback.lab import (
-    Arms,
-    Choice,
-    Curves,
-    Drawing,
-    Equivalent,
-    Greater,
-    Hyperparameters,
-    Log,
-    Metric,
-    PairedSeeds,
-    PaperResult,
-    Seeds,
-    Study,
-    TrialResult,
-    Tune,
-)
+from pullback import lab
 from pullback.lab.models import inverted
 from pullback.lab.models.federated import federated_accuracy
 from pullback.lab.models.victims import always_drop_, victim
@@ -49,7 +33,9 @@ if TYPE_CHECKING:
 
 SERVER_RATE = 1e-2  # of the Adam of federated training
 POINTS = 60  # of a curve
-PATIENCE = 0.04  # share of the iterations without improvement after which the step size falls, as in the paper
+PATIENCE = (
+    0.04  # share of the iterations without improvement after which the step size falls, as in the paper
+)
 
 
 @dataclass(frozen=True)
@@ -106,7 +92,7 @@ def inversion(net: nn.Module, iterations: int, lr: float, **settings: Any) -> Dr
 
 
 def attacked(
-    cfg: Config, arm: str, lr: float, x: Tensor, y: Tensor, seed: int, log: Log
+    cfg: Config, arm: str, lr: float, x: Tensor, y: Tensor, seed: int, log: lab.Log
 ) -> tuple[Tensor, dict[str, float]]:
     """Images that the arm's attack finds, and what it says of itself; all attacks of a seed start from one image."""
     net = victim(cfg.architecture, 0.0 if arm == "p0" else cfg.p, seed, width=cfg.width)
@@ -132,7 +118,7 @@ def first_layer(cfg: Config, x: Tensor, y: Tensor, seed: int) -> Tensor:
     return inverted.first_layer_image(gradients[0], x.shape)
 
 
-def run(cfg: Config, arm: str, hp: Hyperparameters, seed: int, log: Log) -> Mapping[str, float]:
+def run(cfg: Config, arm: str, hp: lab.Hyperparameters, seed: int, log: lab.Log) -> Mapping[str, float]:
     """Attack one gradient; arms of a seed share images, weights, and the client's dropout masks."""
     x, y = inverted.private_batch(seed, cfg.batch)
     facts = dict[str, float]()
@@ -192,11 +178,11 @@ def defence_of(arm: str, strength: float, seed: int) -> Defence:
 
 
 def run_defended(
-    cfg: Defended, arm: str, hp: Hyperparameters, seed: int, log: Log
+    cfg: Defended, arm: str, hp: lab.Hyperparameters, seed: int, log: lab.Log
 ) -> Mapping[str, float]:
     """Attack and train under one defence at all its strengths; scored at the strongest one that keeps the accuracy.
 
-    The choice sees accuracies only. Against dropout the attack is DIA, against pruning it prunes its own gradient alike.
+    The choice sees accuracies only. The attack on dropout is DIA, that on pruning prunes its own gradient alike.
     """
     x, y = inverted.private_batch(seed)
     rows = list[tuple[float, float, float]]()
@@ -223,18 +209,21 @@ def run_defended(
 
 ROWS = {
     "original": ("dia", "original"),
-    **{arm: (arm, "image") for arm in ("constant", "nearest", "first-layer", "p0", "ig", "fresh", "dia", "wiig")},
+    **{
+        arm: (arm, "image")
+        for arm in ("constant", "nearest", "first-layer", "p0", "ig", "fresh", "dia", "wiig")
+    },
 }
 
 
-def draw_images(result: TrialResult) -> Figure:
+def draw_images(result: lab.TrialResult) -> Figure:
     """The first image of every seed, and what each arm made of it, with its score."""
     from pullback.lab.figures.reconstructions import reconstructions  # workers need no matplotlib
 
     return reconstructions(result, ROWS)
 
 
-def draw_trade(result: TrialResult) -> Figure:
+def draw_trade(result: lab.TrialResult) -> Figure:
     """What the attack finds under a defence against what training under it reaches."""
     from pullback.lab.figures.reconstructions import trade_off
 
@@ -244,40 +233,56 @@ def draw_trade(result: TrialResult) -> Figure:
 
 # --- declarations -------------------------------------------------------------------------------------------
 
-PSNR = Metric("psnr", unit="dB")
-MASKS = Metric("mask_accuracy", unit="fraction")
-IDENTIFIED = Metric("identified", unit="fraction")
-LOSS = Metric("log10_loss", better="lower", unit="log10", worst=0.0)
-EXPOSED = Metric("psnr", better="lower", unit="dB", worst=inverted.EXACT)
+PSNR = lab.Metric("psnr", unit="dB")
+MASKS = lab.Metric("mask_accuracy", unit="fraction")
+IDENTIFIED = lab.Metric("identified", unit="fraction")
+LOSS = lab.Metric("log10_loss", better="lower", unit="log10", worst=0.0)
+EXPOSED = lab.Metric("psnr", better="lower", unit="dB", worst=inverted.EXACT)
 TEST_SEEDS = tuple(range(200, 208))
 RATES = (0.03, 0.06, 0.1, 0.2, 0.4)
-IMAGES = Drawing(
+IMAGES = lab.Drawing(
     "images",
     draw_images,
     "Every column is one victim; above each image its PSNR. The constant grey and the nearest image of the reference "
     "are chosen with the original in sight: no attacker who hands out such images could do better.",
 )
-MISMATCH = Curves(
-    "log10_mismatch", x="iteration", caption="Logarithm of 1 - cosine of the two gradients, which the attack minimises."
+MISMATCH = lab.Curves(
+    "log10_mismatch",
+    x="iteration",
+    caption="Logarithm of 1 - cosine of the two gradients, which the attack minimises.",
 )
-NOTEBOOK = (
-    "printed by the official notebook, CIFAR-10, ViT, p = 0.5, three images, 20,000 iterations at most: squared errors of "
-    "standardised pixels of 3.5 (IG), 0.010 to 0.014 (DIA) and 0.003 to 0.007 (WIIG), a ratio of IG to DIA of 250 to 370"
+PLAIN = lab.PaperResult(
+    "official notebook, CIFAR-10, ViT, p = 0.5, three images",
+    "squared error of standardised pixels, 20,000 iterations at most",
+    note="3.5 with IG, 0.010 to 0.014 with DIA, 0.003 to 0.007 with WIIG: a ratio of IG to DIA of 250 to 370",
 )
 DEVIATIONS = (
-    "Digits of 28 x 28 instead of CIFAR-10, ImageNet and MNIST in colour sizes, networks of 13,000 to 330,000 parameters, "
-    "{} iterations instead of up to 20,000; the patience of the step size shrinks with them. No arm stops early: the "
-    "paper's threshold on the loss ends easy arms first and makes them look worse. The step size is tuned for every arm "
-    "by the attack's own loss, since an attacker has nothing else. PSNR ends at 60 dB, where a picture of 256 grey values "
-    "is exact. The paper lacks four rivals: constant and nearest hand out images without looking at the gradient, fresh "
-    "draws new masks in every iteration, first-layer reads a perceptron's image off its gradient."
+    "Digits of 28 x 28, networks of 13,000 to 330,000 parameters, {} iterations instead of up to 20,000; the patience of "
+    "the step size shrinks with them. No arm stops early: the paper's threshold on the loss ends easy arms first, and "
+    "makes them look worse. {} PSNR ends at 60 dB, where a picture of 256 grey values is exact. Batch normalisation uses "
+    "running statistics on both sides. The paper lacks four rivals: constant and nearest hand out images without a look "
+    "at the gradient, fresh draws new masks in every iteration, first-layer reads a perceptron's image off its gradient."
 )
+TUNED = "Step sizes are tuned for every arm by the attack's own loss: an attacker has nothing else."
+FIXED = "Every arm has the paper's step size, 0.1."
 CANNOT = "CIFAR-10, ImageNet, ViT-B/16, networks of ResNet's depth, and 20,000 iterations."
+FOUND, BY_TEN = lab.Greater("dia", than="ig"), lab.Greater("dia", than="ig", by=10.0)
+HIDDEN = lab.Greater("p0", than="ig", by=10.0)
+FEW, MANY = lab.Seeds(TEST_SEEDS[:5], tune=(100,)), lab.Seeds(TEST_SEEDS, tune=(100,))
 
 
-def declare(name: str, title: str, cfg: Config, arms: Arms, also: tuple[Any, ...], **facts: Any) -> Study:
-    """A study of attacks on one kind of victim."""
-    return Study(
+def declare(
+    name: str,
+    title: str,
+    cfg: Config,
+    arms: lab.Arms,
+    also: tuple[lab.Greater | lab.Equivalent, ...],
+    *,
+    seeds: lab.Seeds = FEW,
+    tuned: bool = False,
+) -> lab.Study:
+    """A study of attacks on one kind of victim; tuned arms are judged by the loss that the attack itself sees."""
+    return lab.Study(
         room="dia",
         name=name,
         title=title,
@@ -286,93 +291,88 @@ def declare(name: str, title: str, cfg: Config, arms: Arms, also: tuple[Any, ...
         primary=PSNR,
         sizes={"smoke": replace(cfg, iterations=20, width=16), "full": cfg},
         hp={"*": {"lr": 0.1}},
-        claim=Greater("dia", than="ig"),
+        tune=lab.Tune(len(RATES), LOSS, shared={"lr": lab.Choice(RATES)}) if tuned else None,
+        seeds=seeds,
+        claim=FOUND,
         also=also,
         timeout=300.0,
-        figures=(IMAGES, PairedSeeds(), MISMATCH),
+        figures=(IMAGES, lab.PairedSeeds(), MISMATCH),
+        paper=PLAIN,
         refuted_if="the paired 95 % interval of (dia - ig) in PSNR includes 0 or lies below it",
         cannot_test=CANNOT,
-        deviations=DEVIATIONS.format(f"{cfg.iterations:,}"),
-        **{
-            "paper": PaperResult("official notebook", "no setting of this study", note=NOTEBOOK),
-            "seeds": Seeds(TEST_SEEDS[:5], tune=(100,)),
-            **facts,
-        },
+        deviations=DEVIATIONS.format(f"{cfg.iterations:,}", TUNED if tuned else FIXED),
     )
 
 
-def tuned(rates: tuple[float, ...]) -> Tune:
-    """Every arm at every rate, judged by the loss that the attack itself sees."""
-    return Tune(trials=len(rates), select=LOSS, shared={"lr": Choice(rates)})
-
-
 BLIND = ("constant", "nearest")
-FOUND = Greater("dia", than="ig", by=10.0)
-HIDDEN = Greater("p0", than="ig", by=10.0)
-MANY = Seeds(TEST_SEEDS, tune=(100,))
 
-STUDIES: tuple[Study, ...] = (
+STUDIES: tuple[lab.Study, ...] = (
     declare(
         "vit",
         "Vision transformer, p = 0.25: masks searched with the image against an attack that knows no dropout",
         Config("vit", 0.25, 1200),
-        Arms("ig", "dia", rivals=(*BLIND, "fresh"), others=("p0",), ceiling="wiig"),
-        (HIDDEN, FOUND, Greater("dia", than="ig", metric=IDENTIFIED), Greater("dia", than="ig", metric=MASKS)),
+        lab.Arms("ig", "dia", rivals=(*BLIND, "fresh"), others=("p0",), ceiling="wiig"),
+        (
+            HIDDEN,
+            BY_TEN,
+            lab.Greater("dia", than="ig", metric=IDENTIFIED),
+            lab.Greater("dia", than="ig", metric=MASKS),
+        ),
         seeds=MANY,
-        tune=tuned(RATES),
+        tuned=True,
     ),
     declare(
         "vit-10",
         "Vision transformer, p = 0.1",
         Config("vit", 0.1, 1200),
-        Arms("ig", "dia", rivals=BLIND, ceiling="wiig"),
-        (FOUND, Equivalent("dia", than="wiig", within=5.0)),
+        lab.Arms("ig", "dia", rivals=BLIND, ceiling="wiig"),
+        (BY_TEN, lab.Equivalent("dia", than="wiig", within=5.0)),
     ),
     declare(
         "vit-50",
         "Vision transformer, p = 0.5",
         Config("vit", 0.5, 1200),
-        Arms("ig", "dia", rivals=BLIND, ceiling="wiig"),
-        (FOUND, Greater("dia", than="ig", metric=IDENTIFIED)),
-        paper=PaperResult("official notebook", "CIFAR-10, ViT, batch 1, p = 0.5", note=NOTEBOOK),
+        lab.Arms("ig", "dia", rivals=BLIND, ceiling="wiig"),
+        (BY_TEN, lab.Greater("dia", than="ig", metric=IDENTIFIED)),
     ),
     declare(
         "cnn",
         "Convolutional network, p = 0.25",
         Config("cnn", 0.25, 1000),
-        Arms("ig", "dia", rivals=BLIND, others=("p0",), ceiling="wiig"),
-        (HIDDEN, FOUND),
+        lab.Arms("ig", "dia", rivals=BLIND, others=("p0",), ceiling="wiig"),
+        (HIDDEN, BY_TEN),
         seeds=MANY,
-        tune=tuned(RATES),
+        tuned=True,
     ),
     declare(
         "resnet",
         "Residual network with batch normalisation, p = 0.25",
         Config("resnet", 0.25, 1000),
-        Arms("ig", "dia", rivals=BLIND, ceiling="wiig"),
-        (FOUND,),
+        lab.Arms("ig", "dia", rivals=BLIND, ceiling="wiig"),
+        (BY_TEN,),
     ),
     declare(
         "mlp",
         "Perceptron without biases, p = 0.5: its first layer gives the image away",
         Config("mlp", 0.5, 500),
-        Arms("ig", "dia", rivals=(*BLIND, "first-layer"), others=("p0",), ceiling="wiig"),
-        (Greater("dia", than="ig", by=15.0), Greater("dia", than="ig", by=0.45, metric=MASKS)),
+        lab.Arms("ig", "dia", rivals=(*BLIND, "first-layer"), others=("p0",), ceiling="wiig"),
+        (lab.Greater("dia", than="ig", by=15.0), lab.Greater("dia", than="ig", by=0.45, metric=MASKS)),
         seeds=MANY,
+        tuned=True,
     ),
     declare(
         "batch",
         "Four images behind one gradient of a perceptron, p = 0.25",
         Config("mlp", 0.25, 500, batch=4),
-        Arms("ig", "dia", rivals=BLIND, ceiling="wiig"),
-        (FOUND, Greater("dia", than="ig", by=0.2, metric=MASKS)),
+        lab.Arms("ig", "dia", rivals=BLIND, ceiling="wiig"),
+        (BY_TEN, lab.Greater("dia", than="ig", by=0.2, metric=MASKS)),
     ),
-    Study(
+    lab.Study(
         room="dia",
         name="defences",
         title="What hides an image better than dropout at the same accuracy",
         run=run_defended,
-        arms=Arms("dropout", "noise", others=("prune", "clip")),
+        arms=lab.Arms("dropout", "noise", others=("prune", "clip")),
         primary=EXPOSED,
         sizes={
             "smoke": Defended({"dropout": (0.5,), "noise": (0.1,), "prune": (0.5,), "clip": (0.1,)}, 5, 1, 2),
@@ -388,26 +388,26 @@ STUDIES: tuple[Study, ...] = (
             ),
         },
         hp={"*": {"lr": 0.1}},
-        seeds=Seeds(TEST_SEEDS[:5], tune=(100,)),
-        claim=Greater("noise", than="dropout", by=3.0),
+        seeds=lab.Seeds(TEST_SEEDS[:5], tune=(100,)),
+        claim=lab.Greater("noise", than="dropout", by=3.0),
         timeout=300.0,
         figures=(
-            Drawing(
+            lab.Drawing(
                 "trade",
                 draw_trade,
-                "Lines join the strengths of a defence, from none at the right; low and right is good. Clipping does not "
-                "change the direction of a gradient, so that the attack does not notice it.",
+                "Lines join the strengths of a defence; low and right is good. Clipping does not change the direction of a "
+                "gradient, so that the attack does not notice it.",
             ),
-            PairedSeeds(),
+            lab.PairedSeeds(),
         ),
-        paper=PaperResult("not in the paper", "which says what does not protect, not what does"),
+        paper=lab.PaperResult("not in the paper", "which says what does not protect, not what does"),
         refuted_if="the 95 % interval of (dropout - noise) in PSNR lies below 3 dB",
         cannot_test="Attackers with a prior on images, such as generative networks, and privacy budgets.",
         deviations=(
-            "Not a study of the paper. Convolutional network, 500 iterations, one image per client. Accuracy is that of "
-            "40 rounds of 16 clients; a defence is scored at its strongest setting that keeps 95 % of the undefended "
-            "accuracy, of a grid of three. Against dropout the attack is DIA, the others get the gradient of a network "
-            "without dropout; whoever attacks pruned gradients prunes its own."
+            "Not a study of the paper. Convolutional network, 500 iterations, one image per client. Accuracy is that of 40 "
+            "rounds of 16 clients; a defence is scored at its strongest setting that keeps 95 % of the undefended accuracy. "
+            "The attack on dropout is DIA; the other clients have no dropout; whoever attacks pruned gradients prunes "
+            "its own."
         ),
     ),
 )
