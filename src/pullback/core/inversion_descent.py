@@ -24,7 +24,6 @@ _FACTOR, _THRESHOLD = 0.1, 1e-4
 class Problem(Protocol):
     """What is searched for and how a guess is judged."""
 
-    terms: Sequence[str]
     signed: frozenset[str]
 
     def start(self, restart: int) -> dict[str, Tensor]:
@@ -32,7 +31,7 @@ class Problem(Protocol):
         ...
 
     def evaluate(self, leaves: Mapping[str, Tensor]) -> list[Tensor]:
-        """The loss and its parts as 0-dim tensors, in the order of ``terms``; the loss is the first."""
+        """The loss and its parts as 0-dim tensors; the loss is the first."""
         ...
 
     def project_(self, leaves: Mapping[str, Tensor]) -> None:
@@ -160,7 +159,7 @@ class Tally:
             leaf.copy_(state["kept"][name])
 
 
-Evaluate: TypeAlias = Callable[[], tuple[Tensor, Sequence[Tensor]]]
+Evaluate: TypeAlias = Callable[[], tuple[Tensor, tuple[Tensor, ...]]]
 """Gives the loss at the present leaves, and its gradients."""
 
 
@@ -184,7 +183,7 @@ class Adam:
         self.tally, self.count = tally, 0
 
     @torch.no_grad()
-    def step(self, gradients: Sequence[Tensor]) -> None:
+    def step(self, gradients: list[Tensor] | tuple[Tensor, ...]) -> None:
         """One step; gradients of signed leaves are overwritten."""
         for position in self.signed:
             gradients[position].sign_()
@@ -298,7 +297,7 @@ class Descent:
         self.mover.load(state["mover"])
         self.tally.load(state["tally"])
 
-    def _evaluate(self) -> tuple[Tensor, Sequence[Tensor]]:
+    def _evaluate(self) -> tuple[Tensor, tuple[Tensor, ...]]:
         terms = self.problem.evaluate(self.leaves)
         gradients = torch.autograd.grad(terms[0], list(self.leaves.values()))
         self.tally.note(terms)

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from pullback.core.checks import choice, non_negative, shown
 
+Tensors: TypeAlias = list[Tensor] | tuple[Tensor, ...]
 MatchingKind: TypeAlias = Literal["cosine", "euclidean"]
 GradientTransform: TypeAlias = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 """A function of a list of gradients that gives a list of the same shapes."""
@@ -136,10 +137,10 @@ class _Fixed:
     def __init__(self, target: list[Tensor], weights: Tensor | None) -> None:
         self.target, self.weights = target, weights
 
-    def weighted(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        return tensors if self.weights is None else torch._foreach_mul(tensors, list(self.weights.unbind()))
+    def weighted(self, tensors: Tensors) -> Tensors:
+        return tensors if self.weights is None else torch._foreach_mul(tensors, self.weights.unbind())
 
-    def squares(self, tensors: Sequence[Tensor]) -> Tensor:
+    def squares(self, tensors: Tensors) -> Tensor:
         norms = torch.stack(torch._foreach_norm(tensors)).square()
         return (norms if self.weights is None else norms * self.weights).sum()
 

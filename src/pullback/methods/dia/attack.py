@@ -171,8 +171,8 @@ def _fitting(
     missing, unknown = sorted(set(shapes) - set(masks)), sorted(set(masks) - set(shapes))
     if missing or unknown:
         raise ValueError(
-            f"masks must have one for every dropout call, got missing {missing} and unknown {unknown}. None stands for a "
-            "call without dropout."
+            f"masks must have one for every dropout call, got missing {missing} and unknown {unknown}. None stands "
+            "for a call without dropout."
         )
     found: dict[str, Tensor | None] = {}
     for name, shape in shapes.items():

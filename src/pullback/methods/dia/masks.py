@@ -25,7 +25,7 @@ from pullback.core.replay import Generators, moved
 ELEMENTS = (nn.Dropout,)
 CHANNELS = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 AFFINE = (nn.AlphaDropout, nn.FeatureAlphaDropout)
-_KINDS = (*ELEMENTS, *CHANNELS, *AFFINE)
+DROPOUTS = (*ELEMENTS, *CHANNELS, *AFFINE)
 _FIX = "Put an nn.Dropout module in its place, so that every draw has a name."
 
 
@@ -38,7 +38,7 @@ def dropouts(model: nn.Module) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
         p = getattr(module, "p", 0.0)
-        if not isinstance(module, _KINDS) or p == 0.0:
+        if not isinstance(module, DROPOUTS) or p == 0.0:
             continue
         if isinstance(module, AFFINE):
             raise ValueError(
@@ -49,7 +49,7 @@ def dropouts(model: nn.Module) -> dict[str, nn.Module]:
             raise ValueError(
                 f"p must be below 1, got 1 at {path!r}: nothing passes, and 1 / (1 - p) is infinite. Lower p."
             )
-        base = next(kind for kind in _KINDS if isinstance(module, kind))
+        base = next(kind for kind in DROPOUTS if isinstance(module, kind))
         if type(module).forward is not base.forward:
             raise ValueError(
                 f"model must use torch's own dropout, got a {type(module).__name__} with its own forward at {path!r}. "
