@@ -15,6 +15,9 @@ from pullback.methods.dann import DomainAdversarialLoss as DomainAdversarialLoss
 from pullback.methods.dann import GradientReversal as GradientReversal
 from pullback.methods.dann import ShallowDANN as ShallowDANN
 from pullback.methods.dann import proxy_a_distance as proxy_a_distance
+from pullback.methods.dia import DropoutInversion as DropoutInversion
+from pullback.methods.dia import mask_accuracy as mask_accuracy
+from pullback.methods.dia import record_masks as record_masks
 from pullback.methods.elu import BiasShiftProbe as BiasShiftProbe
 from pullback.methods.elu import activation_gain as activation_gain
 from pullback.methods.elu import init_gain_ as init_gain_
@@ -76,6 +79,7 @@ __all__ = [
     "ConflictResolver",
     "CouplingStep",
     "DomainAdversarialLoss",
+    "DropoutInversion",
     "FeatureBank",
     "GradientAnnealing",
     "GradientConductor",
@@ -115,10 +119,12 @@ __all__ = [
     "init_gain_",
     "insert_norms",
     "lmo_groups",
+    "mask_accuracy",
     "memory_report",
     "multitask_backward",
     "precondition_input",
     "proxy_a_distance",
+    "record_masks",
     "replace_linear",
     "schedules",
     "shallow_",
