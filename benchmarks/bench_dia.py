@@ -45,8 +45,6 @@ class _Anything(type):
 class _StandIn(types.ModuleType):
     """An empty module of any name."""
 
-    __path__: list[str] = []  # noqa: RUF012  (a package to the import system)
-
     def __getattr__(self, name: str) -> Any:
         return getattr(_Anything(self.__name__, (), {}), name)
 
@@ -67,7 +65,9 @@ class _StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     def create_module(self, spec: Any) -> types.ModuleType:
         """An empty module."""
-        return _StandIn(spec.name)
+        made = _StandIn(spec.name)
+        made.__path__ = []  # a package to the import system
+        return made
 
     def exec_module(self, module: types.ModuleType) -> None:
         """Nothing to run."""

@@ -74,6 +74,18 @@ def nearest_images(x: Tensor) -> Tensor:
     return known[torch.cdist(x.flatten(1), known.flatten(1)).argmin(1)]
 
 
+def on_black(direction: Tensor) -> Tensor:
+    """The standardised image that is a multiple of ``direction``: most pixels of a digit are black.
+
+    Args:
+        direction: any shape; up to length and sign, as the first layer of a perceptron shows its input.
+    """
+    background = direction.median()
+    if not float(background):
+        return torch.full_like(direction, LOW, dtype=torch.float32)
+    return (direction * (LOW / background)).clamp(LOW, HIGH).float()
+
+
 # --- scores --------------------------------------------------------------------------------------------------
 
 
@@ -105,23 +117,3 @@ def identified(guess: Tensor, x: Tensor, labels: Tensor) -> float:
 def to_bytes(x: Tensor) -> Tensor:
     """Grey values uint8 [n, 28, 28] of standardised images."""
     return ((x[:, 0] * STD + MEAN).clamp(0, 1) * 255).round().to(torch.uint8)
-
-
-# --- what the first layer of a perceptron tells ---------------------------------------------------------------
-
-
-def first_layer_image(gradient: Tensor, shape: torch.Size) -> Tensor:
-    """The one image that a bias-free first layer saw, from the gradient of its weight alone; no search.
-
-    Every row of the gradient is a multiple of the image. The multiple follows from the most frequent value of a digit,
-    that of its black background.
-
-    Args:
-        gradient: [outputs, inputs], of a batch of one.
-        shape: of the image, [1, ...].
-    """
-    row = gradient[gradient.abs().sum(1).argmax()]
-    background = row.median()
-    if float(background.abs()) <= 1e-12 * float(row.abs().max()):
-        return torch.full(shape, LOW, dtype=gradient.dtype)
-    return (row * (LOW / background)).clamp(LOW, HIGH).reshape(shape)
