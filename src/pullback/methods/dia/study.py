@@ -209,13 +209,8 @@ def run_defended(
 
 # --- figures ------------------------------------------------------------------------------------------------
 
-ROWS = {
-    "original": ("dia", "original"),
-    **{
-        arm: (arm, "image")
-        for arm in ("constant", "nearest", "first-layer", "p0", "ig", "fresh", "dia", "wiig")
-    },
-}
+SHOWN = ("constant", "nearest", "first-layer", "p0", "ig", "fresh", "dia", "wiig")
+ROWS = {"original": ("dia", "original"), **{arm: (arm, "image") for arm in SHOWN}}
 
 
 def draw_images(result: lab.TrialResult) -> Figure:
@@ -272,15 +267,17 @@ CANNOT = "CIFAR-10, ImageNet, ViT-B/16, networks of ResNet's depth, and 20,000 i
 FOUND, BY_TEN = lab.Greater("dia", than="ig"), lab.Greater("dia", than="ig", by=10.0)
 HIDDEN = lab.Greater("p0", than="ig", by=10.0)
 FEW, MANY = lab.Seeds(TEST_SEEDS[:5], tune=(100,)), lab.Seeds(TEST_SEEDS, tune=(100,))
+BLIND = ("constant", "nearest")
+FEWEST = lab.Arms("ig", "dia", rivals=BLIND, ceiling="wiig")
 
 
 def declare(
     name: str,
     title: str,
     cfg: Config,
-    arms: lab.Arms,
     also: tuple[lab.Greater | lab.Equivalent, ...],
     *,
+    arms: lab.Arms = FEWEST,
     seeds: lab.Seeds = FEW,
     tuned: bool = False,
 ) -> lab.Study:
@@ -307,20 +304,16 @@ def declare(
     )
 
 
-BLIND = ("constant", "nearest")
+RECOGNISED = lab.Greater("dia", than="ig", metric=IDENTIFIED)
+GRIDS = {"dropout": (0.25, 0.5, 0.75), "noise": (0.01, 0.03, 0.1), "prune": (0.5, 0.9, 0.99), "clip": (0.1,)}
 
 STUDIES: tuple[lab.Study, ...] = (
     declare(
         "vit",
         "Vision transformer, p = 0.25: masks searched with the image against an attack that knows no dropout",
         Config("vit", 0.25, 1200),
-        lab.Arms("ig", "dia", rivals=(*BLIND, "fresh"), others=("p0",), ceiling="wiig"),
-        (
-            HIDDEN,
-            BY_TEN,
-            lab.Greater("dia", than="ig", metric=IDENTIFIED),
-            lab.Greater("dia", than="ig", metric=MASKS),
-        ),
+        (HIDDEN, BY_TEN, RECOGNISED, lab.Greater("dia", than="ig", metric=MASKS)),
+        arms=lab.Arms("ig", "dia", rivals=(*BLIND, "fresh"), others=("p0",), ceiling="wiig"),
         seeds=MANY,
         tuned=True,
     ),
@@ -328,22 +321,20 @@ STUDIES: tuple[lab.Study, ...] = (
         "vit-10",
         "Vision transformer, p = 0.1",
         Config("vit", 0.1, 1200),
-        lab.Arms("ig", "dia", rivals=BLIND, ceiling="wiig"),
         (BY_TEN, lab.Equivalent("dia", than="wiig", within=5.0)),
     ),
     declare(
         "vit-50",
         "Vision transformer, p = 0.5",
         Config("vit", 0.5, 1200),
-        lab.Arms("ig", "dia", rivals=BLIND, ceiling="wiig"),
-        (BY_TEN, lab.Greater("dia", than="ig", metric=IDENTIFIED)),
+        (BY_TEN, RECOGNISED),
     ),
     declare(
         "cnn",
         "Convolutional network, p = 0.25",
         Config("cnn", 0.25, 1000),
-        lab.Arms("ig", "dia", rivals=BLIND, others=("p0",), ceiling="wiig"),
         (HIDDEN, BY_TEN),
+        arms=lab.Arms("ig", "dia", rivals=BLIND, others=("p0",), ceiling="wiig"),
         seeds=MANY,
         tuned=True,
     ),
@@ -351,15 +342,14 @@ STUDIES: tuple[lab.Study, ...] = (
         "resnet",
         "Residual network with batch normalisation, p = 0.25",
         Config("resnet", 0.25, 1000),
-        lab.Arms("ig", "dia", rivals=BLIND, ceiling="wiig"),
         (BY_TEN,),
     ),
     declare(
         "mlp",
         "Perceptron without biases, p = 0.5: its first layer gives the image away",
         Config("mlp", 0.5, 500),
-        lab.Arms("ig", "dia", rivals=(*BLIND, "first-layer"), others=("p0",), ceiling="wiig"),
         (lab.Greater("dia", than="ig", by=15.0), lab.Greater("dia", than="ig", by=0.45, metric=MASKS)),
+        arms=lab.Arms("ig", "dia", rivals=(*BLIND, "first-layer"), others=("p0",), ceiling="wiig"),
         seeds=MANY,
         tuned=True,
     ),
@@ -367,7 +357,6 @@ STUDIES: tuple[lab.Study, ...] = (
         "batch",
         "Four images behind one gradient of a perceptron, p = 0.25",
         Config("mlp", 0.25, 500, batch=4),
-        lab.Arms("ig", "dia", rivals=BLIND, ceiling="wiig"),
         (BY_TEN, lab.Greater("dia", than="ig", by=0.2, metric=MASKS)),
     ),
     lab.Study(
@@ -379,19 +368,10 @@ STUDIES: tuple[lab.Study, ...] = (
         primary=EXPOSED,
         sizes={
             "smoke": Defended({"dropout": (0.5,), "noise": (0.1,), "prune": (0.5,), "clip": (0.1,)}, 5, 1, 2),
-            "full": Defended(
-                {
-                    "dropout": (0.25, 0.5, 0.75),
-                    "noise": (0.01, 0.03, 0.1),
-                    "prune": (0.5, 0.9, 0.99),
-                    "clip": (1.0, 0.1),
-                },
-                500,
-                40,
-            ),
+            "full": Defended(GRIDS, 500, 40),
         },
         hp={"*": {"lr": 0.1}},
-        seeds=lab.Seeds(TEST_SEEDS[:5], tune=(100,)),
+        seeds=FEW,
         claim=lab.Greater("noise", than="dropout", by=3.0),
         timeout=300.0,
         figures=(
