@@ -31,7 +31,7 @@ def box_of(bounds: Bounds | None, shape: tuple[int, ...], victim: Victim) -> Any
         return None
     if not any(isinstance(each, Tensor) and each.dim() for each in bounds):
         return tuple(map(float, bounds))
-    low, high = (torch.as_tensor(each).to(victim.device, victim.dtype) for each in bounds)
+    low, high = (torch.as_tensor(each, dtype=victim.dtype, device=victim.device) for each in bounds)
     try:
         return tuple(each.detach().expand(shape[1:]).contiguous() for each in (low, high))
     except RuntimeError as error:
