@@ -99,7 +99,10 @@ def match(images: Tensor, truth: Tensor) -> Tensor:
     _apart(images, truth)
     x, y = images.detach().double().flatten(1), truth.detach().double().flatten(1)
     costs = torch.stack([(x - row).square().mean(1) for row in y])  # [originals, reconstructions]
-    costs = torch.nan_to_num(costs, nan=1e300, posinf=1e300)
+    worst = (
+        2 * len(costs) * float(torch.nan_to_num(costs, 0.0, 0.0).max()) + 1
+    )  # more than any sum of the others
+    costs = torch.nan_to_num(costs, nan=worst, posinf=worst)
     return torch.tensor(assignment(costs.tolist()), device=images.device)
 
 

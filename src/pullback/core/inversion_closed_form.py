@@ -60,8 +60,8 @@ def recover_labels(
     product with the features.
 
     - ``"sign"`` (batch 1; Zhao et al. 2020, arXiv:2001.02610): the label is the only negative entry of the bias
-      gradient. Without a bias it is the longest row of the weight gradient, since that entry's absolute value is the sum of all
-      others; with two classes, where they tie, the row with a negative sum. Exact (the tie: for features >= 0).
+      gradient. Without a bias it is the longest row of the weight gradient, since that entry's absolute value is the
+      sum of all others; with two classes, where they tie, the row with a negative sum (for features >= 0).
     - ``"counts"``: class c occurs ``batch_size * (mean probability of c - bias gradient of c)`` times, rounded to whole
       counts with the right sum. Exact if ``probabilities`` are the batch's own; an estimate otherwise.
     - ``"distinct"``: the ``batch_size`` classes whose weight gradients have the smallest sums; for features >= 0 and

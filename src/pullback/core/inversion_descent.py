@@ -127,7 +127,7 @@ class Tally:
         torch.where(better, loss, self.lowest, out=self.lowest)
         self.bad.add_(1).masked_fill_(better, 0)
         drop = self.bad > self.plan.patience
-        self.lr.mul_(torch.where(drop, _FACTOR, 1.0))
+        torch.where(drop, self.lr * _FACTOR, self.lr, out=self.lr)
         self.bad.masked_fill_(drop, 0)
 
     def _set_rate(self, plan: Plan) -> None:
@@ -199,8 +199,8 @@ class Adam:
         torch._foreach_sub_(self.leaves, moves)
 
     def run(self, evaluate: Evaluate, project_: Callable[[], None], budget: int) -> None:
-        """Spend ``budget`` evaluations."""
-        for _ in range(budget):
+        """A block of iterations, at most ``budget``."""
+        for _ in range(min(budget, self.tally.plan.check_every)):
             self.step(evaluate()[1])
             project_()
 
@@ -312,7 +312,7 @@ class Descent:
         left = self.plan.max_iters - self.tally.steps
         if left > 0:
             project_ = partial(self.problem.project_, self.leaves)
-            self.mover.run(self._evaluate, project_, min(left, self.plan.check_every))
+            self.mover.run(self._evaluate, project_, left)
             self.tally.read()
         return self._verdict()
 

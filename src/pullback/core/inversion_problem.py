@@ -31,7 +31,7 @@ def box_of(bounds: Bounds | None, shape: tuple[int, ...], victim: Victim) -> Any
         return None
     if not any(isinstance(each, Tensor) and each.dim() for each in bounds):
         return tuple(map(float, bounds))
-    low, high = (torch.as_tensor(each).to(victim.device, victim.dtype) for each in bounds)
+    low, high = (torch.as_tensor(each, dtype=victim.dtype, device=victim.device) for each in bounds)
     try:
         return tuple(each.detach().expand(shape[1:]).contiguous() for each in (low, high))
     except RuntimeError as error:
@@ -99,6 +99,7 @@ def dry_pass(victim: Victim, labels: Tensor | None, shape: tuple[int, ...]) -> i
 
     Raises:
         ValueError: if the model does not take such inputs, or the loss is no number.
+        RuntimeError: if a function in the model has no second derivative.
     """
     try:
         output = victim.model(torch.zeros(shape, device=victim.device, dtype=victim.dtype))
@@ -119,7 +120,28 @@ def dry_pass(victim: Victim, labels: Tensor | None, shape: tuple[int, ...]) -> i
         raise ValueError(
             "loss_fn must depend on the parameters, got a loss without graph. Was the output detached?"
         )
+    _refuse_once(loss)
     return output.shape[-1] if isinstance(output, Tensor) and output.dim() else 0
+
+
+def _refuse_once(loss: Tensor) -> None:
+    """Refuse functions marked ``once_differentiable``: their second derivative is no error but silently missing."""
+    todo: list[Any] = [loss.grad_fn]
+    seen: set[Any] = set()
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        function = getattr(node, "_forward_cls", None)
+        code = getattr(getattr(function, "backward", None), "__code__", None)
+        if getattr(code, "co_qualname", "").startswith("once_differentiable."):
+            name = getattr(function, "__name__", "a function")
+            raise RuntimeError(
+                f"model must be differentiable twice, got {name}, which is marked once_differentiable. Put plain torch "
+                "operations in its place for the attack."
+            )
+        todo += [following for following, _ in node.next_functions]
 
 
 def _unfit(victim: Victim, shape: tuple[int, ...], error: Exception) -> str:
