@@ -22,7 +22,7 @@ from pullback.lab.models.victims import victim
 from pullback.methods.dia import DropoutInversion
 
 PEER = "breaching 0.1.2"
-STEPS = 30
+STEPS = 20
 TV = 1e-5
 AGREE = 2e-5
 """Allowed difference of the peer's objective from ours along the first steps, both in float32."""
@@ -210,7 +210,7 @@ def ratios() -> list[Row]:
                 rows.append(Row(f"inverting gradients, {setting}", PEER, skipped=str(error)))
             else:
                 note = f"objectives agree to {check_agreement(problem):.0e}"
-                taken = _ratio(problem.ours(), peer, 7)
+                taken = _ratio(problem.ours(), peer, 5)
                 rows.append(Row(f"inverting gradients, {setting}", PEER, taken, bound=1.0, note=note))
             masked = Problem(architecture, batch, p=0.25)
             taken = _ratio(masked.ours(DropoutInversion), masked.ours(), 5)

@@ -30,7 +30,7 @@ def victim(architecture: str, p: float, seed: int, *, width: int = 0) -> nn.Modu
     Raises:
         ValueError: if there is no such architecture.
     """
-    builders = {"mlp": (mlp, 256), "vit": (ViT, 64), "cnn": (cnn, 12), "resnet": (ResNet, 8)}
+    builders = {"mlp": (mlp, 256), "vit": (ViT, 64), "cnn": (cnn, 12), "resnet": (ResNet, 12)}
     if architecture not in builders:
         raise ValueError(f"architecture must be one of {ARCHITECTURES}, got {architecture!r}. Choose one.")
     build, own = builders[architecture]
@@ -166,25 +166,23 @@ class ResidualBlock(nn.Module):
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
         self.norm2 = nn.BatchNorm2d(outputs)
         self.shortcut = nn.Conv2d(inputs, outputs, 1, stride=2, bias=False)
-        self.drop, self.drop2 = nn.Dropout(p), nn.Dropout(p)
+        self.drop = nn.Dropout(p)
 
     def forward(self, x: Tensor) -> Tensor:
         """Halve the sides of x [n, inputs, h, w]."""
-        y = self.drop(nn.functional.gelu(self.norm(self.conv(x))))
-        return self.drop2(nn.functional.gelu(self.norm2(self.conv2(y)) + self.shortcut(x)))
+        y = nn.functional.gelu(self.norm(self.conv(x)))
+        return self.drop(nn.functional.gelu(self.norm2(self.conv2(y)) + self.shortcut(x)))
 
 
 class ResNet(nn.Module):
-    """A convolution, two residual blocks with batch normalisation, and a linear layer on all places."""
+    """A convolution, two residual blocks, and a linear layer on all places; batch normalisation, dropout after each."""
 
-    def __init__(self, p: float, width: int = 8) -> None:
+    def __init__(self, p: float, width: int = 12) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(1, width, 3, padding=1, bias=False)
+        self.conv = nn.Conv2d(1, width, 5, stride=2, padding=2, bias=False)
         self.norm, self.drop = nn.BatchNorm2d(width), nn.Dropout(p)
-        self.blocks = nn.Sequential(
-            ResidualBlock(width, 2 * width, p), ResidualBlock(2 * width, 2 * width, p)
-        )
-        self.head = nn.Linear(49 * 2 * width, 10)
+        self.blocks = nn.Sequential(ResidualBlock(width, 2 * width, p), ResidualBlock(2 * width, 2 * width, p))
+        self.head = nn.Linear(16 * 2 * width, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [n, 10] of images [n, 1, 28, 28]."""
