@@ -165,10 +165,10 @@ class Own(nn.Dropout):
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
-        (nn.AlphaDropout(0.1), "got a AlphaDropout at '0', which shifts and scales"),
-        (nn.FeatureAlphaDropout(0.1), "got a FeatureAlphaDropout at '0'"),
+        (nn.AlphaDropout(0.1), "got AlphaDropout at '0', which shifts and scales"),
+        (nn.FeatureAlphaDropout(0.1), "got FeatureAlphaDropout at '0'"),
         (nn.Dropout(1.0), "p must be below 1, got 1 at '0'"),
-        (Own(0.1), "got a Own with its own forward at '0'"),
+        (Own(0.1), "got Own with its own forward at '0'"),
     ],
     ids=["alpha", "feature-alpha", "one", "own"],
 )
