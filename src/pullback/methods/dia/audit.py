@@ -170,7 +170,12 @@ def _attack(
     bounds: Bounds | None,
     settings: dict[str, Any],
 ) -> GradientInversion:
-    defaults: dict[str, Any] = {"max_iters": 1000, "schedule": "milestones", "tolerance": 0.0, "stop_patience": None}
+    defaults: dict[str, Any] = {
+        "max_iters": 1000,
+        "schedule": "milestones",
+        "tolerance": 0.0,
+        "stop_patience": None,
+    }
     settings = {"bounds": bounds} | defaults | settings
     training = any(module.training for module in unwrapped(model).modules())
     if training and settings.get("masks", "search") is not None:

@@ -42,7 +42,7 @@ def dropouts(model: nn.Module) -> dict[str, nn.Module]:
             continue
         if isinstance(module, AFFINE):
             raise ValueError(
-                f"model must drop by masks alone, got a {type(module).__name__} at {path!r}, which shifts and "
+                f"model must drop by masks alone, got {type(module).__name__} at {path!r}, which shifts and "
                 "scales what is left. Use nn.Dropout, or masks=None."
             )
         if p == 1.0:
@@ -52,7 +52,7 @@ def dropouts(model: nn.Module) -> dict[str, nn.Module]:
         base = next(kind for kind in DROPOUTS if isinstance(module, kind))
         if type(module).forward is not base.forward:
             raise ValueError(
-                f"model must use torch's own dropout, got a {type(module).__name__} with its own forward at {path!r}. "
+                f"model must use torch's own dropout, got {type(module).__name__} with its own forward at {path!r}. "
                 f"{_FIX}"
             )
         found[path] = module
