@@ -305,13 +305,13 @@ def declare(
 
 
 RECOGNISED = lab.Greater("dia", than="ig", metric=IDENTIFIED)
-GRIDS = {"dropout": (0.25, 0.5, 0.75), "noise": (0.01, 0.03, 0.1), "prune": (0.5, 0.9, 0.99), "clip": (0.1,)}
+GRIDS = {"dropout": (0.25, 0.5, 0.75), "noise": (0.01, 0.03, 0.1), "prune": (0.9, 0.99), "clip": (0.1,)}
 
 STUDIES: tuple[lab.Study, ...] = (
     declare(
         "vit",
         "Vision transformer, p = 0.25: masks searched with the image against an attack that knows no dropout",
-        Config("vit", 0.25, 1200),
+        Config("vit", 0.25, 1000),
         (HIDDEN, BY_TEN, RECOGNISED, lab.Greater("dia", than="ig", metric=MASKS)),
         arms=lab.Arms("ig", "dia", rivals=(*BLIND, "fresh"), others=("p0",), ceiling="wiig"),
         seeds=MANY,
@@ -320,13 +320,13 @@ STUDIES: tuple[lab.Study, ...] = (
     declare(
         "vit-10",
         "Vision transformer, p = 0.1",
-        Config("vit", 0.1, 1200),
+        Config("vit", 0.1, 1000),
         (BY_TEN, lab.Equivalent("dia", than="wiig", within=5.0)),
     ),
     declare(
         "vit-50",
         "Vision transformer, p = 0.5",
-        Config("vit", 0.5, 1200),
+        Config("vit", 0.5, 1000),
         (BY_TEN, RECOGNISED),
     ),
     declare(
@@ -368,7 +368,7 @@ STUDIES: tuple[lab.Study, ...] = (
         primary=EXPOSED,
         sizes={
             "smoke": Defended({"dropout": (0.5,), "noise": (0.1,), "prune": (0.5,), "clip": (0.1,)}, 5, 1, 2),
-            "full": Defended(GRIDS, 500, 40),
+            "full": Defended(GRIDS, 400, 40),
         },
         hp={"*": {"lr": 0.1}},
         seeds=FEW,
