@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pullback.lab.figures.helpers import image_grid
-from pullback.lab.figures.style import INK, MUTED, arm_colours, arm_markers, panels, style
+from pullback.lab.figures.style import INK, WIDE, arm_colours, arm_markers, panels, style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -51,21 +51,19 @@ def reconstructions(
         arm, array = rows[row]
         scores = {} if array == "original" else result.scores(arm, metric)
         titles += [f"{scores[s]:.0f}" if math.isfinite(scores.get(s, math.nan)) else "" for s in seeds]
+    width = min(WIDE, 0.5 + 0.95 * len(seeds))
     images = [found[seed] for found in shown.values() for seed in seeds]
-    return image_grid(images, titles, columns=len(seeds), row_titles=tuple(shown))
+    return image_grid(images, titles, columns=len(seeds), row_titles=tuple(shown), width=width)
 
 
-def trade_off(
-    result: TrialResult, name: str, *, xlabel: str, ylabel: str, labels: Sequence[str] = ()
-) -> Figure:
+def trade_off(result: TrialResult, name: str, *, xlabel: str, ylabel: str) -> Figure:
     """A line for every arm through the means of its settings, and every seed as a faint point.
 
     Args:
-        result: whose runs have logged the array ``name``: [settings, 3], setting, cost and exposure.
+        result: whose runs have logged the array ``name``: [settings, 3], setting (0 is none), cost and exposure.
         name: of the array.
         xlabel: of the cost.
         ylabel: of the exposure.
-        labels: arms whose settings are written beside their points; none given means all.
     """
     figure, (ax,) = panels(1, height=3.8)
     colours, marks = arm_colours(result.arms), arm_markers(result.arms)
@@ -78,10 +76,9 @@ def trade_off(
             colour, mean = colours[arm.name], stack.mean(0)
             ax.plot(stack[..., 1].ravel(), stack[..., 2].ravel(), ".", color=colour, alpha=0.25, markersize=4)
             ax.plot(mean[:, 1], mean[:, 2], marker=marks[arm.name], color=colour, label=arm.name)
-            for setting, x, y in mean if not labels or arm.name in labels else ():
-                ax.annotate(
-                    f"{setting:g}", (x, y), (4, 4), textcoords="offset points", fontsize=7, color=MUTED
-                )
+            for setting, x, y in mean[mean[:, 0] != 0]:  # all lines begin at no defence
+                place = {"xytext": (4, 4), "textcoords": "offset points"}
+                ax.annotate(f"{setting:.3g}", (x, y), fontsize=7, color=colour, **place)
         ax.set(xlabel=xlabel, ylabel=ylabel)
         ax.tick_params(colors=INK)
         ax.grid()

@@ -305,7 +305,7 @@ def declare(
 
 
 RECOGNISED = lab.Greater("dia", than="ig", metric=IDENTIFIED)
-GRIDS = {"dropout": (0.25, 0.5, 0.75), "noise": (0.01, 0.03, 0.1), "prune": (0.9, 0.99), "clip": (0.1,)}
+GRIDS = {"dropout": (0.1, 0.25, 0.5), "noise": (0.01, 0.03, 0.1), "prune": (0.9, 0.99), "clip": (0.1,)}
 
 STUDIES: tuple[lab.Study, ...] = (
     declare(
