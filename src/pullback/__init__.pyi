@@ -16,6 +16,7 @@ from pullback.methods.dann import GradientReversal as GradientReversal
 from pullback.methods.dann import ShallowDANN as ShallowDANN
 from pullback.methods.dann import proxy_a_distance as proxy_a_distance
 from pullback.methods.dia import DropoutInversion as DropoutInversion
+from pullback.methods.dia import audit as audit
 from pullback.methods.dia import mask_accuracy as mask_accuracy
 from pullback.methods.dia import record_masks as record_masks
 from pullback.methods.elu import BiasShiftProbe as BiasShiftProbe
@@ -110,6 +111,7 @@ __all__ = [
     "activation_gain",
     "add_gradient_noise_",
     "attach",
+    "audit",
     "cite",
     "convert_norm_placement",
     "curl_fraction",

@@ -231,7 +231,7 @@ def left_alone(model: nn.Module, device: torch.device) -> Generator[None]:
     modes = [(module, module.training) for module in model.modules()]
     wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     buffers = [
-        (module._buffers, key, buffer, buffer.clone(), buffer._version)
+        (module._buffers, key, buffer, buffer.clone())
         for module in model.modules()
         for key, buffer in module._buffers.items()
         if buffer is not None and not buffer.is_inference()
@@ -244,9 +244,9 @@ def left_alone(model: nn.Module, device: torch.device) -> Generator[None]:
         for parameter, flag in wanted:
             parameter.requires_grad_(flag)
         with torch.no_grad():
-            for home, key, buffer, value, version in buffers:
+            for home, key, buffer, value in buffers:
                 home[key] = buffer
-                if buffer._version != version:
+                if not torch.equal(buffer, value):  # batch normalisation writes without counting a version
                     buffer.copy_(value)
         generators.write(random)
 
