@@ -77,8 +77,8 @@ def trade_off(result: TrialResult, name: str, *, xlabel: str, ylabel: str) -> Fi
             ax.plot(stack[..., 1].ravel(), stack[..., 2].ravel(), ".", color=colour, alpha=0.25, markersize=4)
             ax.plot(mean[:, 1], mean[:, 2], marker=marks[arm.name], color=colour, label=arm.name)
             for setting, x, y in mean[mean[:, 0] != 0]:  # all lines begin at no defence
-                place = {"xytext": (4, 4), "textcoords": "offset points"}
-                ax.annotate(f"{setting:.3g}", (x, y), fontsize=7, color=colour, **place)
+                text = f"{setting:.3g}"
+                ax.annotate(text, (x, y), (4, 4), textcoords="offset points", fontsize=7, color=colour)
         ax.set(xlabel=xlabel, ylabel=ylabel)
         ax.tick_params(colors=INK)
         ax.grid()

@@ -181,7 +181,9 @@ class ResNet(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(1, width, 5, stride=2, padding=2, bias=False)
         self.norm, self.drop = nn.BatchNorm2d(width), nn.Dropout(p)
-        self.blocks = nn.Sequential(ResidualBlock(width, 2 * width, p), ResidualBlock(2 * width, 2 * width, p))
+        self.blocks = nn.Sequential(
+            ResidualBlock(width, 2 * width, p), ResidualBlock(2 * width, 2 * width, p)
+        )
         self.head = nn.Linear(16 * 2 * width, 10)
 
     def forward(self, x: Tensor) -> Tensor:

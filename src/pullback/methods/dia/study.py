@@ -364,7 +364,7 @@ STUDIES: tuple[lab.Study, ...] = (
         name="defences",
         title="What hides an image better than dropout at the same accuracy",
         run=run_defended,
-        arms=lab.Arms("dropout", "noise", others=("prune", "clip")),
+        arms=lab.Arms("dropout", "noise", rivals=("prune", "clip")),
         primary=EXPOSED,
         sizes={
             "smoke": Defended({"dropout": (0.5,), "noise": (0.1,), "prune": (0.5,), "clip": (0.1,)}, 5, 1, 2),
