@@ -171,8 +171,9 @@ def test_arms_are_judged_by_what_an_attacker_sees_and_seeds_are_fresh():
         if study.tune is not None:
             assert study.tune.select.name == "log10_loss"
             assert set(study.tune.only) == set()
-            rates = study.tune.shared["lr"].values
-            assert min(rates) < study.hyperparameters("dia")["lr"] < max(rates)
+            domain: Any = study.tune.shared["lr"]
+            default: Any = study.hyperparameters("dia")["lr"]
+            assert min(domain.values) < default < max(domain.values)
 
 
 def test_drawings_show_what_ran():
