@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from pullback.core.state import StateError
 from pullback.methods.dia import DropoutInversion, dropout_rate, mask_accuracy, psnr
-from pullback.methods.dia.tests.victims import LOSS, ViT, client, lenet, perceptron, picture, resnet, seeded
+from pullback.methods.dia.tests.cases import LOSS, ViT, client, lenet, perceptron, picture, resnet, seeded
 from pullback.testing.tools import flags, global_rng, gradients, hooks, same, values
 
 SETTINGS = {"max_iters": 30, "tolerance": 0.0, "stop_patience": None, "bounds": (0.0, 1.0)}

@@ -18,7 +18,7 @@ from pullback.methods.dia import (
     privacy_utility,
     psnr,
 )
-from pullback.methods.dia.tests.victims import LOSS, ViT, lenet, perceptron, picture, seeded
+from pullback.methods.dia.tests.cases import LOSS, ViT, lenet, perceptron, picture, seeded
 from pullback.testing.tools import flags, global_rng, gradients, hooks, same, values
 
 QUICK = {"max_iters": 120, "bounds": (0.0, 1.0)}

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional
 
 from pullback.methods.dia import dropout_rate, dropout_sites, inject_masks, mask_accuracy, record_masks
-from pullback.methods.dia.tests.victims import ViT, lenet, perceptron, picture, resnet, seeded
+from pullback.methods.dia.tests.cases import ViT, lenet, perceptron, picture, resnet, seeded
 from pullback.testing.tools import flags, global_rng, hooks, same, values
 
 

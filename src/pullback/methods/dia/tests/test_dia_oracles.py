@@ -16,7 +16,7 @@ from pullback.methods.dia import (
 )
 from pullback.methods.dia.attack import mask_share
 from pullback.methods.dia.tests import reference
-from pullback.methods.dia.tests.victims import LOSS, client, perceptron, picture
+from pullback.methods.dia.tests.cases import LOSS, client, perceptron, picture
 from pullback.testing.tools import same
 
 FIXED = {"tolerance": 0.0, "stop_patience": None}

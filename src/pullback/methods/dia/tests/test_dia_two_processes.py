@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from pullback.methods.dia import DropoutInversion
-from pullback.methods.dia.tests.victims import LOSS, client, perceptron, picture
+from pullback.methods.dia.tests.cases import LOSS, client, perceptron, picture
 from pullback.testing import run_ranks
 from pullback.testing.tools import same
 
