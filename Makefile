@@ -19,9 +19,10 @@ study: lab ## run the domain-adversarial study on real digits and write its repo
 test: dev ## everything that CI checks
 	@$(MAKE) --no-print-directory lint rooms unit typed docs
 
-# memcnn asks for torchvision, which its couplings do not use and which would bring another torch.
+# memcnn and breaching ask for torchvision, which what is measured does not use and which would bring another torch.
 bench: dev ## speed and memory against peers, side by side in one run
-	@$(PY) -m pip install --quiet --no-deps memcnn==1.5.2
+	@$(PY) -m pip install --quiet --no-deps memcnn==1.5.2 breaching==0.1.2
+	@$(PY) -m pip install --quiet hydra-core==1.3.8
 	@OMP_NUM_THREADS=1 $(PY) benchmarks/run.py
 
 docs: dev ## the documentation, in docs/_build/html

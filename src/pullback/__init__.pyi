@@ -15,6 +15,10 @@ from pullback.methods.dann import DomainAdversarialLoss as DomainAdversarialLoss
 from pullback.methods.dann import GradientReversal as GradientReversal
 from pullback.methods.dann import ShallowDANN as ShallowDANN
 from pullback.methods.dann import proxy_a_distance as proxy_a_distance
+from pullback.methods.dia import DropoutInversion as DropoutInversion
+from pullback.methods.dia import audit as audit
+from pullback.methods.dia import mask_accuracy as mask_accuracy
+from pullback.methods.dia import record_masks as record_masks
 from pullback.methods.diffusion import Denoiser as Denoiser
 from pullback.methods.diffusion import GaussianPath as GaussianPath
 from pullback.methods.diffusion import MeanFlow as MeanFlow
@@ -89,6 +93,7 @@ __all__ = [
     "CouplingStep",
     "Denoiser",
     "DomainAdversarialLoss",
+    "DropoutInversion",
     "EnergyFunction",
     "EquilibriumProp",
     "FeatureBank",
@@ -126,6 +131,7 @@ __all__ = [
     "activation_gain",
     "add_gradient_noise_",
     "attach",
+    "audit",
     "cite",
     "convert_norm_placement",
     "curl_fraction",
@@ -136,11 +142,13 @@ __all__ = [
     "insert_norms",
     "layer_curve",
     "lmo_groups",
+    "mask_accuracy",
     "mean_absolute_difference",
     "memory_report",
     "multitask_backward",
     "precondition_input",
     "proxy_a_distance",
+    "record_masks",
     "relative_difference",
     "replace_linear",
     "sample",
