@@ -1,6 +1,7 @@
 """Small victims with dropout, what a client of theirs shares, and what the contracts need to know of the attack."""
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,7 +29,7 @@ def seeded(model, seed=0):
 
 def perceptron(p=0.25, width=24, side=4, bias=False, dtype=torch.float64, activation=nn.GELU):
     """Linear, activation, dropout twice, and a head: the victim of the closed forms."""
-    layers = [nn.Flatten()]
+    layers: list[nn.Module] = [nn.Flatten()]
     size = side * side
     for _ in range(2):
         layers += [nn.Linear(size, width, bias=bias), activation(), nn.Dropout(p)]
@@ -123,7 +124,7 @@ _X, _Y = picture(4), torch.tensor([2])
 
 
 def _attack(**changed):
-    settings = {
+    settings: dict[str, Any] = {
         "bounds": (0.0, 1.0),
         "max_iters": 250,
         "schedule": "milestones",

@@ -1,6 +1,7 @@
 """The audit: what it measures, its rivals, its closed form, and what defences cost."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from pullback.methods.dia import (
 from pullback.methods.dia.tests.cases import LOSS, ViT, lenet, perceptron, picture, seeded
 from pullback.testing.tools import flags, global_rng, gradients, hooks, same, values
 
-QUICK = {"max_iters": 120, "bounds": (0.0, 1.0)}
+QUICK: dict[str, Any] = {"max_iters": 120, "bounds": (0.0, 1.0)}
 
 
 def rows(report):
@@ -32,7 +33,7 @@ def test_a_client_with_dropout_is_attacked_with_masks():
     model, x, y = perceptron(0.25, side=8, width=64), picture(8, 2), torch.tensor([1, 3])
     report = audit(model, LOSS, x, y, reference=picture(8, 9)[2:], **QUICK)
     assert list(rows(report)) == ["attack", "one colour (mean)", "nearest reference"]
-    assert report.mask_accuracy > 0.9
+    assert report.mask_accuracy > 0.9  # ty: ignore[unsupported-operator]
     assert report.psnr == pytest.approx(psnr(report.images, x).mean().item())
     assert report.psnr > rows(report)["one colour (mean)"].psnr.mean() + 3
     assert report.labels_right is None
@@ -144,7 +145,7 @@ def test_the_same_seed_gives_the_same_report():
 @pytest.mark.parametrize("make", [lenet, ViT], ids=["lenet", "vit"])
 def test_other_architectures(make):
     report = audit(seeded(make()).train(), LOSS, picture(8, 1, torch.float32), torch.tensor([1]), max_iters=5)
-    assert report.mask_accuracy > 0.5
+    assert report.mask_accuracy > 0.5  # ty: ignore[unsupported-operator]
     assert not report.leak.exact
 
 
@@ -175,7 +176,7 @@ def test_dropout_without_a_name_is_refused():
     ids=["integers", "constant", "reference", "no-reference", "bounds", "budget", "silent"],
 )
 def test_what_makes_no_sense_is_refused(change, message):
-    given = {"x": picture(4), "y": torch.tensor([1]), "max_iters": 2, **change}
+    given: dict[str, Any] = {"x": picture(4), "y": torch.tensor([1]), "max_iters": 2, **change}
     x, y = given.pop("x"), given.pop("y")
     with pytest.raises((TypeError, ValueError), match=message):
         audit(perceptron(0.25), LOSS, x, y, **given)
@@ -204,7 +205,7 @@ def test_defences_hide_and_cost():
     assert table["none"].psnr > table["noise"].psnr + 5
     assert table["none"].psnr > table["both"].psnr + 5
     assert max(table[name].utility for name in ("noise", "both", "dropout 0.5")) < 0.95
-    assert table["dropout 0.5"].report.mask_accuracy > 0.9
+    assert table["dropout 0.5"].report.mask_accuracy > 0.9  # ty: ignore[unsupported-operator]
     assert table["noise"].ssim == table["noise"].report.ssim
     assert model[3].p == 0.0
 

@@ -158,7 +158,7 @@ def test_masks_that_do_not_fit_are_refused():
 
 
 class Own(nn.Dropout):
-    def forward(self, x):
+    def forward(self, x):  # ty: ignore[lost-keyword-for-regular-parameter]
         return super().forward(x)
 
 

@@ -1,5 +1,7 @@
 """The attack against its equations: reference by hand, derivatives, limiting cases, closed forms."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -19,13 +21,12 @@ from pullback.methods.dia.tests import reference
 from pullback.methods.dia.tests.cases import LOSS, client, perceptron, picture
 from pullback.testing.tools import same
 
-FIXED = {"tolerance": 0.0, "stop_patience": None}
+FIXED: dict[str, Any] = {"tolerance": 0.0, "stop_patience": None}
 
 
-def inversion(model, masks="search", **settings):
-    return DropoutInversion(
-        model, LOSS, masks=masks, **{"max_iters": 30, "bounds": (0.0, 1.0), **FIXED, **settings}
-    )
+def inversion(model, masks="search", **settings: Any):
+    given: dict[str, Any] = {"max_iters": 30, "bounds": (0.0, 1.0), **FIXED, **settings}
+    return DropoutInversion(model, LOSS, masks=masks, **given)
 
 
 def solved(model, x, y, masks="search", seed=0, **settings):
@@ -153,7 +154,7 @@ def test_slopes_are_those_of_finite_differences():
                     {"images": images, "masks": masks})[0], given)  # fmt: skip
             return super().evaluate(leaves)
 
-    before, attack._DropoutProblem = attack._DropoutProblem, Tried
+    before, attack._DropoutProblem = attack._DropoutProblem, Tried  # ty: ignore[invalid-assignment]
     try:
         tried.reconstruct(gradients, labels=y, input_shape=x.shape)
     finally:
@@ -200,7 +201,7 @@ def test_rows_of_the_first_layer_are_parallel_to_the_input_under_dropout():
     gradients, _ = client(model, x, y)
     leak = first_layer_leak(gradients)
     assert leak.alignment == pytest.approx(1.0, abs=1e-10)
-    assert torch.allclose(leak.input, x.flatten(), atol=1e-10)
+    assert torch.allclose(leak.input, x.flatten(), atol=1e-10)  # ty: ignore[invalid-argument-type]
 
 
 def test_dropout_stops_the_attack_that_ignores_it_and_not_the_one_that_searches():
