@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal, Self, final
+from typing import Any, Literal, final
 
 import torch
 from torch import Tensor, nn
@@ -90,7 +90,7 @@ class Sample:
         self.loss = loss.detach()
         (loss * self._scale).sum().backward()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Sample:
         self._capture = self._probe._begin()
         return self
 
