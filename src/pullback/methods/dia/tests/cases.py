@@ -28,7 +28,7 @@ def seeded(model, seed=0):
 
 def perceptron(p=0.25, width=24, side=4, bias=False, dtype=torch.float64, activation=nn.GELU):
     """Linear, activation, dropout twice, and a head: the victim of the closed forms."""
-    layers = [nn.Flatten()]
+    layers: list[nn.Module] = [nn.Flatten()]
     size = side * side
     for _ in range(2):
         layers += [nn.Linear(size, width, bias=bias), activation(), nn.Dropout(p)]

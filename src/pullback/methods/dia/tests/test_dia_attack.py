@@ -1,6 +1,7 @@
 """The attack on the field's architectures, its refusals, resumes and traces."""
 
 import io
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from pullback.methods.dia import DropoutInversion, dropout_rate, mask_accuracy, 
 from pullback.methods.dia.tests.cases import LOSS, ViT, client, lenet, perceptron, picture, resnet, seeded
 from pullback.testing.tools import flags, global_rng, gradients, hooks, same, values
 
-SETTINGS = {"max_iters": 30, "tolerance": 0.0, "stop_patience": None, "bounds": (0.0, 1.0)}
+SETTINGS: dict[str, Any] = {"max_iters": 30, "tolerance": 0.0, "stop_patience": None, "bounds": (0.0, 1.0)}
 VICTIMS = {
     "mlp": lambda: perceptron(0.25, side=8, dtype=torch.float32),
     "lenet": lenet,

@@ -1,5 +1,7 @@
 """The attack against its equations: reference by hand, derivatives, limiting cases, closed forms."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -19,7 +21,7 @@ from pullback.methods.dia.tests import reference
 from pullback.methods.dia.tests.cases import LOSS, client, perceptron, picture
 from pullback.testing.tools import same
 
-FIXED = {"tolerance": 0.0, "stop_patience": None}
+FIXED: dict[str, Any] = {"tolerance": 0.0, "stop_patience": None}
 
 
 def inversion(model, masks="search", **settings):
