@@ -254,6 +254,13 @@ def test_dropout_without_a_name_is_refused_with_the_fix(name):
         dropout_sites(model, torch.ones(2, 3, 4))
 
 
+def test_a_refused_model_keeps_its_numbers():
+    model, before = nn.Sequential(nn.Linear(4, 4), Wild(_drop_path)), global_rng()
+    with pytest.raises(ValueError, match="a draw outside"):
+        dropout_sites(model, torch.ones(2, 3, 4))
+    assert same(before, global_rng())
+
+
 MODULES = {
     "attention": (
         lambda: nn.MultiheadAttention(4, 2, dropout=0.1, batch_first=True),
