@@ -120,6 +120,7 @@ BAD_CALLS = {
         {"labels": torch.tensor([0, 1])},
         r"labels must have one row for each of the 1 inputs, got \(2,\)",
     ),
+    "class": ({"labels": torch.tensor([9])}, "labels must fit loss_fn and the output .* out of bounds"),
     "list": ({"labels": [0]}, "labels must be of type Tensor, got list"),
     "seed": ({"seed": 0.5}, "seed must be an integer, got 0.5"),
 }

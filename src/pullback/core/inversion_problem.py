@@ -98,7 +98,7 @@ def dry_pass(victim: Victim, labels: Tensor | None, shape: tuple[int, ...]) -> i
     """One forward pass on zeros: everything fits, and how wide the output is.
 
     Raises:
-        ValueError: if the model does not take such inputs, or the loss is no number.
+        ValueError: if the model does not take such inputs, or the loss such labels, or it is no number.
         RuntimeError: if a function in the model has no second derivative.
     """
     try:
@@ -111,7 +111,13 @@ def dry_pass(victim: Victim, labels: Tensor | None, shape: tuple[int, ...]) -> i
                 f"labels must be given unless the output is [batch, classes], got {shown(output)}. Pass labels."
             )
         labels = output.new_full(output.shape, 1.0 / output.shape[1]).detach()
-    loss = victim.loss_fn(output, labels)
+    try:
+        loss = victim.loss_fn(output, labels)
+    except (RuntimeError, TypeError, IndexError, ValueError) as error:
+        raise ValueError(
+            f"labels must fit loss_fn and the output {shown(output)}, got {shown(labels)}: {error} Pass the client's "
+            "own, with a row for each input."
+        ) from error
     if not isinstance(loss, Tensor) or loss.dim() != 0:
         raise ValueError(
             f"loss_fn must return a 0-dim tensor, got {shown(loss)}. Take the client's mean or sum."

@@ -144,6 +144,10 @@ def audit(
         TypeError, ValueError: if an argument does not fit the model.
     """
     floating("x", x, fix="Whole numbers, such as tokens, cannot be searched by gradients.")
+    if not isinstance(y, Tensor) or not y.dim() or len(y) != len(x):
+        raise ValueError(
+            f"y must have one row for each of the {len(x)} inputs, got {shown(y)}. Pass their labels."
+        )
     scale = _Scale(x, bounds)
     true, truth, notes = _client(model, loss_fn, x, y, seed)
     names = list(true)

@@ -169,11 +169,12 @@ def test_dropout_without_a_name_is_refused():
         ({"x": torch.ones(1, 1, 4, 4, dtype=torch.float64)}, "x must not be constant"),
         ({"reference": torch.ones(3, 1, 5, 5)}, r"reference must be of shape \(any, 1, 4, 4\)"),
         ({"reference": torch.ones(0, 1, 4, 4)}, "reference must hold images, got none"),
+        ({"y": torch.tensor([1, 2])}, "y must have one row for each of the 1 inputs"),
         ({"bounds": (1.0, 0.0)}, "bounds must be in order"),
         ({"max_iters": 0}, "max_iters must be >= 1"),
         ({"defence": lambda rows: [0 * row for row in rows]}, "gradients must not all be zero"),
     ],
-    ids=["integers", "constant", "reference", "no-reference", "bounds", "budget", "silent"],
+    ids=["integers", "constant", "reference", "no-reference", "labels", "bounds", "budget", "silent"],
 )
 def test_what_makes_no_sense_is_refused(change, message):
     given: dict[str, Any] = {"x": picture(4), "y": torch.tensor([1]), "max_iters": 2, **change}
