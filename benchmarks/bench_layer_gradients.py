@@ -17,9 +17,7 @@ WIDTH, INNER, DEPTH, VOCABULARY = 576, 1536, 30, 8192
 TOKENS, RESPONSE = 128, 32
 
 
-def ratio_to(
-    base: str, what: dict[str, Callable[[], object]], repeats: int
-) -> dict[str, float]:
+def ratio_to(base: str, what: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
     """Median ratios of processor time to that of ``base``, repetitions interleaved."""
     taken = seconds(what, repeats=repeats, clock=time.process_time)
     return {
@@ -97,7 +95,9 @@ def whole_model() -> list[Row]:
     note = f"{len(names)} parameters"
     return [
         Row(f"{what}: probe", against, found["probe"], bound=1.3),
-        Row(f"{what}: probe", "forward and backward, all trainable", found["probe"] / found["all"], note=note),
+        Row(
+            f"{what}: probe", "forward and backward, all trainable", found["probe"] / found["all"], note=note
+        ),
         Row(f"{what}: gradients formed, svdvals", against, slow["dense"]),
     ]
 

@@ -28,6 +28,10 @@ from pullback.methods.gradient_noise import add_gradient_noise_ as add_gradient_
 from pullback.methods.lanton import LANTON as LANTON
 from pullback.methods.lanton import LayerNoise as LayerNoise
 from pullback.methods.lanton import lmo_groups as lmo_groups
+from pullback.methods.layer_gradients import GradientSpectrum as GradientSpectrum
+from pullback.methods.layer_gradients import layer_curve as layer_curve
+from pullback.methods.layer_gradients import mean_absolute_difference as mean_absolute_difference
+from pullback.methods.layer_gradients import relative_difference as relative_difference
 from pullback.methods.nap import Project as Project
 from pullback.methods.nap import insert_norms as insert_norms
 from pullback.methods.paced import BetaKernel as BetaKernel
@@ -82,6 +86,7 @@ __all__ = [
     "GradientHistograms",
     "GradientNoise",
     "GradientReversal",
+    "GradientSpectrum",
     "LayerNoise",
     "MBConv",
     "ModifiedMLP",
@@ -114,11 +119,14 @@ __all__ = [
     "gradient_snr",
     "init_gain_",
     "insert_norms",
+    "layer_curve",
     "lmo_groups",
+    "mean_absolute_difference",
     "memory_report",
     "multitask_backward",
     "precondition_input",
     "proxy_a_distance",
+    "relative_difference",
     "replace_linear",
     "schedules",
     "shallow_",

@@ -233,7 +233,8 @@ def _collected(
         outputs = tensor.shape[1] if transposed else tensor.shape[0]
         parts = _parts(model, name, tensor, layer, proj, outputs, splitter)
         called = all(
-            _called(each, key) and is_conv1d(each) == transposed and id(each) not in silent for each, key in owners
+            _called(each, key) and is_conv1d(each) == transposed and id(each) not in silent
+            for each, key in owners
         )
         sources.append(Source(name, owners, called, transposed, parts))
     return sources

@@ -141,9 +141,7 @@ def _count(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[_Counted]:
         same = (mask == used[owner[index]]).all()
         told.append(torch.stack([most, same.to(most.dtype)]))
     read = _host(told)
-    return [
-        (most, owner[index] if same else index, used[index]) for index, (most, same) in enumerate(read)
-    ]
+    return [(most, owner[index] if same else index, used[index]) for index, (most, same) in enumerate(read)]
 
 
 def _host(rows: list[Tensor]) -> list[list[int]]:

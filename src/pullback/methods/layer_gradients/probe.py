@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal, Self, final
+from typing import Any, Literal, final
 
 import torch
 from torch import Tensor, nn
@@ -90,7 +90,7 @@ class Sample:
         self.loss = loss.detach()
         (loss * self._scale).sum().backward()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Sample:
         self._capture = self._probe._begin()
         return self
 
@@ -116,7 +116,7 @@ class GradientSpectrum(Probe):
     gradients of weights are not computed: hooks on the linear layers keep inputs A and errors B, whose product B^T A
     the gradient is, and its spectrum comes from a core as small as the number of tokens with errors.
 
-    Several calls of a layer, and several backward passes, add up within one block, as ``.grad`` does.
+    Several calls of a layer and several backward passes add up within one block, as ``.grad`` does.
 
     Args:
         model: any module; wrappers (DistributedDataParallel, a compiled module) are looked through. The attribute may
@@ -227,8 +227,7 @@ class GradientSpectrum(Probe):
             loss: the loss, or one per example, where it is known before; else set ``sample.loss`` or use
                 ``sample.backward(loss)``.
 
-        Returns:
-            The block. An exception inside it records nothing and passes on.
+        An exception inside the block records nothing and passes on.
 
         Raises:
             RuntimeError: on leaving the block, if no backward pass reached the watched weights, a watched layer was not

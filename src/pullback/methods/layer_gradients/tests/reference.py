@@ -11,7 +11,8 @@ def gradients(loss, weights):
     """The gradient of a loss with respect to each weight, as a float64 matrix."""
     found = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)
     return [
-        torch.zeros_like(w, dtype=torch.float64) if g is None else g.double() for w, g in zip(weights, found, strict=True)
+        torch.zeros_like(w, dtype=torch.float64) if g is None else g.double()
+        for w, g in zip(weights, found, strict=True)
     ]
 
 

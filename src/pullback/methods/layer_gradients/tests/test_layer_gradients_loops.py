@@ -13,7 +13,8 @@ from pytest import approx
 from torch import nn
 
 from pullback.methods.layer_gradients import GradientSpectrum, layer_curve
-from pullback.methods.layer_gradients.tests import models, reference
+from pullback.methods.layer_gradients.tests import cases as models
+from pullback.methods.layer_gradients.tests import reference
 from pullback.testing import run_ranks
 
 PATTERN = models.LINEAR
@@ -34,7 +35,9 @@ def of_grads(model):
 # --- live -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW, torch.optim.Adagrad], ids=lambda c: c.__name__)
+@pytest.mark.parametrize(
+    "make", [torch.optim.SGD, torch.optim.AdamW, torch.optim.Adagrad], ids=lambda c: c.__name__
+)
 def test_watching_reads_the_accumulated_gradient_of_every_nth_step_and_changes_nothing(make):
     trained = []
     for watched in (True, False):
@@ -84,7 +87,8 @@ def test_watching_with_closure_resumed_and_as_a_block():
         optimizer.step(closure)
         assert "every=2, steps=10" in repr(handle)
     assert [each.key for each in spec.records] == ["8"]
-    assert not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks
+    assert not optimizer._optimizer_step_pre_hooks
+    assert not optimizer._optimizer_step_post_hooks
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
@@ -96,7 +100,8 @@ def test_with_torchs_own_scaler(fused):
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     loss = model(x_of(4, 6)).square().mean()
     wanted = [
-        reference.statistics(g)["nuclear"] for g in reference.gradients(loss, [each.weight for each in model.layers])
+        reference.statistics(g)["nuclear"]
+        for g in reference.gradients(loss, [each.weight for each in model.layers])
     ]
     scaler.scale(loss).backward()
     scaler.step(optimizer)
@@ -155,7 +160,9 @@ def test_a_weight_without_gradient_is_unknown_in_a_watch():
     model(x_of(4, 6)).sum().backward()
     optimizer.step()
     first, second = nuclear(spec.records[0])
-    assert math.isnan(first) and second > 0 and spec.records[0].nonfinite == 1
+    assert math.isnan(first)
+    assert second > 0
+    assert spec.records[0].nonfinite == 1
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
@@ -174,11 +181,13 @@ def test_a_file_holds_every_record_as_it_comes_and_is_resumed(tmp_path):
     path = tmp_path / "grads.jsonl"
     first, log = filled(path, ["a", "b"])
     lines = path.read_text().splitlines()
-    assert json.loads(lines[0])["layers"] == {"weight": [0, 1]} and len(lines) == 3
+    assert json.loads(lines[0])["layers"] == {"weight": [0, 1]}
+    assert len(lines) == 3
     log.close()
     log.close()
     second, log = filled(path, ["c"], resume=True)
-    assert [each.tag for each in second.records] == ["a", "b", "c"] and second.seen("a")
+    assert [each.tag for each in second.records] == ["a", "b", "c"]
+    assert second.seen("a")
     assert second.records[:2] == first.records or math.isnan(first.records[0].loss)
     assert second.curve(tag="a")["weight"].tolist() == first.curve(tag="a")["weight"].tolist()
     log.close()
@@ -208,7 +217,8 @@ def test_a_half_written_last_line_is_dropped_and_reported(tmp_path, lost):
     path.write_bytes(path.read_bytes()[:-lost])
     with pytest.warns(RuntimeWarning, match=r"half-written \(\d+ bytes\) and is dropped; 1 records are kept"):
         spec, log = filled(path, ["c"], resume=True)
-    assert [each.tag for each in spec.records] == ["a", "c"] and log.dropped > 0
+    assert [each.tag for each in spec.records] == ["a", "c"]
+    assert log.dropped > 0
     log.close()
     assert [each.tag for each in filled(path, [], resume=True)[0].records] == ["a", "c"]
 
@@ -269,8 +279,10 @@ def test_nothing_is_lost_on_a_full_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "write", full)
     with pytest.raises(OSError, match="1 records must be written, and wait in memory") as caught:
         spec.measure(lambda: model(x_of(1, 6)).sum(), "b")
-    assert caught.value.errno == errno.ENOSPC and log.waiting == 1
-    assert path.read_bytes() == whole and [each.tag for each in spec.records] == ["a", "b"]
+    assert caught.value.errno == errno.ENOSPC
+    assert log.waiting == 1
+    assert path.read_bytes() == whole
+    assert [each.tag for each in spec.records] == ["a", "b"]
     monkeypatch.undo()
     spec.measure(lambda: model(x_of(1, 6)).sum(), "c")
     log.close()
@@ -305,7 +317,8 @@ def found_on(rank):
 def test_two_processes_gather_and_read_averaged_gradients():
     (first, second) = run_ranks(found_on)
     assert first[:2] == second[:2] == [2 * 2 + 6, 6]
-    assert torch.equal(first[2], second[2]) and torch.equal(first[5], second[5])
+    assert torch.equal(first[2], second[2])
+    assert torch.equal(first[5], second[5])
     assert first[4] == second[4]
     model = models.mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

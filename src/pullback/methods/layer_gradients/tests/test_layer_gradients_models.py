@@ -10,7 +10,8 @@ from torch.nn.utils import parametrizations
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pullback.methods.layer_gradients import GradientSpectrum, split_heads, split_outputs
-from pullback.methods.layer_gradients.tests import models, reference
+from pullback.methods.layer_gradients.tests import cases as models
+from pullback.methods.layer_gradients.tests import reference
 
 STATS = ("nuclear", "sigma1_ratio", "effective_rank", "frobenius", "sigma_max")
 
@@ -25,7 +26,9 @@ def expected(model, ids, weights):
     model.requires_grad_(True)
     parameters = dict(model.named_parameters())
     names = list(dict.fromkeys(name for name, _ in weights.values()))
-    grads = dict(zip(names, reference.gradients(loss_of(model, ids), [parameters[n] for n in names]), strict=True))
+    grads = dict(
+        zip(names, reference.gradients(loss_of(model, ids), [parameters[n] for n in names]), strict=True)
+    )
     return {key: reference.statistics(grads[name][part]) for key, (name, part) in weights.items()}
 
 
@@ -51,7 +54,10 @@ def of_gpt2():
     found = named("transformer.h.{layer}.attn.{name}.weight", {"o": "c_proj"}, 2)
     for layer in range(2):
         for place, proj in enumerate("qkv"):
-            found[proj, layer] = f"transformer.h.{layer}.attn.c_attn.weight", columns(32 * place, 32 * place + 32)
+            found[proj, layer] = (
+                f"transformer.h.{layer}.attn.c_attn.weight",
+                columns(32 * place, 32 * place + 32),
+            )
     return found
 
 
@@ -80,7 +86,11 @@ FAMILIES = {
     "phi3": (models.phi3, of_phi3()),
     "bert": (
         models.bert,
-        named("bert.encoder.layer.{layer}.attention.self.{name}.weight", {"q": "query", "k": "key", "v": "value"}, 2)
+        named(
+            "bert.encoder.layer.{layer}.attention.self.{name}.weight",
+            {"q": "query", "k": "key", "v": "value"},
+            2,
+        )
         | named("bert.encoder.layer.{layer}.attention.output.{name}.weight", {"o": "dense"}, 2),
     ),
     "gpt2": (models.gpt2, of_gpt2()),
@@ -120,13 +130,17 @@ def test_a_splitter_divides_a_fused_weight_as_the_user_says():
     model, ids = models.gpt2(), models.ids()
     whole = GradientSpectrum(model).measure(lambda: loss_of(model, ids)).records[0]
     halves = GradientSpectrum(
-        model, r"h\.(?P<layer>\d+)\.attn\.c_attn\.weight", splitter=lambda name, weight: split_outputs(a=32, rest=64)
+        model,
+        r"h\.(?P<layer>\d+)\.attn\.c_attn\.weight",
+        splitter=lambda name, weight: split_outputs(a=32, rest=64),
     )
     found = halves.measure(lambda: loss_of(model, ids)).records[0]
     assert found.values["nuclear"]["a"] == approx(whole.values["nuclear"]["q"], rel=1e-5)
     listed = split_heads(("q", "k", "v"), heads=4, width=8)
     assert listed["k"][:9] == (8, 9, 10, 11, 12, 13, 14, 15, 32)
-    wanted = expected(model, ids, {"k": ("transformer.h.0.attn.c_attn.weight", (slice(None), list(listed["k"])))})
+    wanted = expected(
+        model, ids, {"k": ("transformer.h.0.attn.c_attn.weight", (slice(None), list(listed["k"])))}
+    )
     heads = GradientSpectrum(model, r"h\.(?P<layer>\d+)\.attn\.c_attn\.weight", splitter=lambda *_: listed)
     found = heads.measure(lambda: loss_of(model, ids)).records[0]
     assert found.values["nuclear"]["k"][0] == approx(wanted["k"]["nuclear"], rel=1e-5)
@@ -161,7 +175,9 @@ def check_tied(model, x, layers):
         spec = GradientSpectrum(model, models.LINEAR, reduction="batch", route=route)
         assert spec.layers == layers
         record = spec.measure(lambda: model(x).square().sum()).records[0]
-        assert record.values["nuclear"]["weight"][0] == approx(reference.statistics(wanted)["nuclear"], rel=1e-5)
+        assert record.values["nuclear"]["weight"][0] == approx(
+            reference.statistics(wanted)["nuclear"], rel=1e-5
+        )
 
 
 def test_an_embedding_tied_to_the_output_counts_both_uses():
@@ -248,9 +264,13 @@ def test_a_parametrised_layer_has_the_gradient_of_its_computed_weight():
 
 
 def test_no_match_lists_what_there_is():
-    with pytest.raises(ValueError, match=r"got None, which finds none. Presets: llama, bert, gpt2, torch. .* layers.N.weight"):
+    with pytest.raises(
+        ValueError, match=r"got None, which finds none. Presets: llama, bert, gpt2, torch. .* layers.N.weight"
+    ):
         GradientSpectrum(models.mlp())
-    with pytest.raises(ValueError, match=r"got 'gpt2', which finds none.*model.layers.N.self_attn.q_proj.weight"):
+    with pytest.raises(
+        ValueError, match=r"got 'gpt2', which finds none.*model.layers.N.self_attn.q_proj.weight"
+    ):
         GradientSpectrum(models.llama(), "gpt2")
     with pytest.raises(ValueError, match="without any"):
         GradientSpectrum(nn.ReLU())
@@ -268,16 +288,43 @@ class Two(nn.Module):
         (lambda: GradientSpectrum(Two()), "presets llama, torch fit"),
         (lambda: GradientSpectrum(models.mlp(), "(?P<layer>"), "regular expression"),
         (lambda: GradientSpectrum(models.mlp(), r"layers\.(\d+)"), "named groups layer and proj"),
-        (lambda: GradientSpectrum(models.mlp(), r"(?P<layer>layers)\.(?P<proj>\d)"), "whole number as layer, got 'layers'"),
-        (lambda: GradientSpectrum(models.llama(), r"layers\.(?P<layer>\d+).*(?P<proj>proj)"), "a name of its own"),
+        (
+            lambda: GradientSpectrum(models.mlp(), r"(?P<layer>layers)\.(?P<proj>\d)"),
+            "whole number as layer, got 'layers'",
+        ),
+        (
+            lambda: GradientSpectrum(models.llama(), r"layers\.(?P<layer>\d+).*(?P<proj>proj)"),
+            "a name of its own",
+        ),
         (lambda: GradientSpectrum(models.mlp(), 3), "match must be a string"),
         (lambda: GradientSpectrum(models.mlp(), models.LINEAR, splitter=3), "splitter must be a function"),
-        (lambda: GradientSpectrum(models.mlp(), models.LINEAR, splitter=lambda *_: {"a": [6]}), "some of the 6 outputs"),
-        (lambda: GradientSpectrum(models.mlp(), models.LINEAR, splitter=lambda *_: {"a": slice(6, 9)}), "some of the 6"),
+        (
+            lambda: GradientSpectrum(models.mlp(), models.LINEAR, splitter=lambda *_: {"a": [6]}),
+            "some of the 6 outputs",
+        ),
+        (
+            lambda: GradientSpectrum(models.mlp(), models.LINEAR, splitter=lambda *_: {"a": slice(6, 9)}),
+            "some of the 6",
+        ),
         (lambda: GradientSpectrum(models.mlp().to("meta"), models.LINEAR), "on the meta device"),
-        (lambda: GradientSpectrum(models.encoder(), route="low_rank"), "route='low_rank' must meet linear layers"),
+        (
+            lambda: GradientSpectrum(models.encoder(), route="low_rank"),
+            "route='low_rank' must meet linear layers",
+        ),
     ],
-    ids=["two", "broken", "unnamed", "word", "names", "type", "splitter", "outside", "empty", "meta", "low_rank"],
+    ids=[
+        "two",
+        "broken",
+        "unnamed",
+        "word",
+        "names",
+        "type",
+        "splitter",
+        "outside",
+        "empty",
+        "meta",
+        "low_rank",
+    ],
 )
 def test_bad_matches_are_refused(make, message):
     with pytest.raises((TypeError, ValueError), match=message):
@@ -296,4 +343,3 @@ def test_lazy_quantised_and_inference_weights_are_refused():
         model = models.Mlp()
     with pytest.raises(ValueError, match="made in inference_mode"):
         GradientSpectrum(model, models.LINEAR)
-
