@@ -1,4 +1,4 @@
-"""Cost of gradient spectra beside the forward and backward pass of a language model, and beside forming the gradients."""
+"""Cost of gradient spectra beside the forward and backward pass of a model, and beside forming the gradients."""
 
 from __future__ import annotations
 

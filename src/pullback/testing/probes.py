@@ -112,7 +112,7 @@ def model_objects(case: Case) -> None:
 
 @check("probe", refusable="no")
 def waiting_graph(case: Case) -> None:
-    """A graph of the user's that waits for its backward pass can still be used: nothing was written into its tensors."""
+    """A graph of the user's that waits for its backward pass still works: nothing was written into its tensors."""
     model = user_model(case)
     scale = torch.ones((), requires_grad=True)
     held = [each for _, each in tensors((list(model.parameters()), list(model.buffers())))]

@@ -18,7 +18,7 @@ from pullback.core.gradient_factors import FactorCapture
 from pullback.core.kinds import Probe
 from pullback.core.layer_rows import unwrapped
 from pullback.core.line_log import LineLog
-from pullback.core.matrices import Part, Source, Splitter, find_sources
+from pullback.core.matrices import Source, Splitter, find_sources
 from pullback.core.spectra import Route
 from pullback.core.step_reader import StepReader
 from pullback.methods.layer_gradients.curves import Curves, layer_curve
@@ -192,10 +192,7 @@ class GradientSpectrum(Probe):
     @property
     def layers(self) -> dict[str, tuple[int, ...]]:
         """Numbers of the watched layers, by projection."""
-        return {
-            proj: tuple(layer for layer, _ in rows)
-            for proj, rows in layout_of(_parts(self._sources())).items()
-        }
+        return {proj: tuple(layer for layer, _ in rows) for proj, rows in layout_of(self._sources()).items()}
 
     def __repr__(self) -> str:
         what = ", ".join(f"{proj}: {len(rows)} layers" for proj, rows in self.layers.items())
@@ -283,7 +280,7 @@ class GradientSpectrum(Probe):
         self, sources: Sequence[Source], signals: list[Signal], tags: list[str], keys: list[str],
         losses: list[float], scale: Any, reduction: Reduction,
     ) -> tuple[Record, ...]:  # fmt: skip
-        layout = layout_of(_parts(sources))
+        layout = layout_of(sources)
         found = statistics(signals, layout, self.stats, route=self.route, losses=losses, scale=scale)
         records = records_of(
             found, layout, self.stats, tags=tags, keys=keys, losses=losses, reduction=reduction
@@ -373,7 +370,7 @@ class GradientSpectrum(Probe):
         Raises:
             FileExistsError: if the file is there and ``resume`` is false.
             RuntimeError: if a log is open already.
-            ValueError: if the file is another one's, or its header says something else.
+            ValueError: if the file is another one's, or of other settings.
         """
         if self.log is not None and not self.log.closed:
             raise RuntimeError(
@@ -386,16 +383,13 @@ class GradientSpectrum(Probe):
         }  # fmt: skip
         log = LineLog(path, header, resume=resume)
         past = [Record.from_dict(each) for each in log.records]
-        log.append([each.to_dict() for each in self.records])
+        own = [each.to_dict() for each in self.records]
         self.records[:0] = past
         self.log = log
+        log.append(own)
         return log
 
     def gather(self) -> tuple[Record, ...]:
         """The records of all ranks, rank by rank, on every rank; all must call. Without a group: the own ones."""
         ranks = gather_json([each.to_dict() for each in self.records])
         return tuple(Record.from_dict(each) for rank in ranks for each in rank)
-
-
-def _parts(sources: Sequence[Source]) -> list[Part]:
-    return [part for source in sources for part in source.parts]

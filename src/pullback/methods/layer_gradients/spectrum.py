@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pullback.core.checks import choice, instance, integer, shown
 from pullback.core.gradient_factors import FactorCapture
-from pullback.core.matrices import Part, Source
+from pullback.core.matrices import Source
 from pullback.core.spectra import Route, product_cosine, product_values, singular_values
 
 Reduction: TypeAlias = Literal["per_sample", "batch"]
@@ -200,9 +200,10 @@ def read(sources: Sequence[Source], step: int) -> list[Signal]:
     return signals
 
 
-def layout_of(parts: Sequence[Part]) -> dict[str, list[tuple[int, int]]]:
+def layout_of(sources: Sequence[Source]) -> dict[str, list[tuple[int, int]]]:
     """(layer, position among all matrices) in the order of the layers, by projection."""
     layout: dict[str, list[tuple[int, int]]] = {}
+    parts = [part for source in sources for part in source.parts]
     for index, part in enumerate(parts):
         layout.setdefault(part.proj, []).append((part.layer, index))
     return {proj: sorted(rows) for proj, rows in layout.items()}

@@ -6,10 +6,10 @@ import errno
 import json
 import math
 import os
+from typing import Any
 
 import pytest
 import torch
-from pytest import approx
 from torch import nn
 
 from pullback.methods.layer_gradients import GradientSpectrum, layer_curve
@@ -46,7 +46,7 @@ def test_watching_reads_the_accumulated_gradient_of_every_nth_step_and_changes_n
         schedule = torch.optim.lr_scheduler.StepLR(optimizer, 2)
         spec = GradientSpectrum(model, PATTERN)
         wanted = {}
-        handle = spec.watch(optimizer, every=3, tag="live") if watched else None
+        handle: Any = spec.watch(optimizer, every=3, tag="live") if watched else None
         for step in range(7):
             optimizer.zero_grad()
             for part in range(2):
@@ -60,7 +60,7 @@ def test_watching_reads_the_accumulated_gradient_of_every_nth_step_and_changes_n
             assert [each.key for each in spec.records] == ["0", "3", "6"]
             assert {each.reduction for each in spec.records} == {"batch"}
             for record in spec.records:
-                assert nuclear(record) == approx(wanted[record.key], rel=1e-5)
+                assert nuclear(record) == pytest.approx(wanted[record.key], rel=1e-5)
             assert handle.steps == 7
             handle.remove()
             handle.remove()
@@ -106,7 +106,7 @@ def test_with_torchs_own_scaler(fused):
     scaler.scale(loss).backward()
     scaler.step(optimizer)
     scaler.update()
-    assert nuclear(spec.records[0]) == approx(wanted, rel=1e-5)
+    assert nuclear(spec.records[0]) == pytest.approx(wanted, rel=1e-5)
     (scaler.scale(model(x_of(4, 6)).sum()) * math.inf).backward()
     scaler.step(optimizer)
     assert len(spec.records) == 1  # a step that overflows is left out, and so is its reading
@@ -144,10 +144,10 @@ def test_what_cannot_be_watched_is_refused():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(ValueError, match="every must be >= 1, got 0"):
         spec.watch(optimizer, every=0)
-    with pytest.raises(ValueError, match="got 'nuclear_per_loss'"):
+    with pytest.raises(ValueError, match=r"got 'nuclear_per_loss'"):
         GradientSpectrum(model, PATTERN, stats=("nuclear_per_loss",)).watch(optimizer)
     spec.watch(optimizer, every=1)
-    with pytest.raises(RuntimeError, match="got none in step 0. Call loss.backward"):
+    with pytest.raises(RuntimeError, match=r"got none in step 0. Call loss.backward"):
         optimizer.step()
 
 
@@ -191,7 +191,7 @@ def test_a_file_holds_every_record_as_it_comes_and_is_resumed(tmp_path):
     assert second.records[:2] == first.records or math.isnan(first.records[0].loss)
     assert second.curve(tag="a")["weight"].tolist() == first.curve(tag="a")["weight"].tolist()
     log.close()
-    with pytest.raises(ValueError, match="closed. Open it again"):
+    with pytest.raises(ValueError, match=r"closed. Open it again"):
         log.flush()
     third, _ = filled(path, [], resume=True)
     assert [each.key for each in third.records] == ["a", "b", "c"]
@@ -329,8 +329,8 @@ def test_two_processes_gather_and_read_averaged_gradients():
             (model(x_of(4, 6, seed=10 * step + rank)).square().mean() / 2).backward()
         wanted.append(of_grads(model))
         optimizer.step()
-    assert first[4][0] == approx(wanted[0], rel=1e-5)
-    assert first[4][1] == approx(wanted[2], rel=1e-5)
+    assert first[4][0] == pytest.approx(wanted[0], rel=1e-5)
+    assert first[4][1] == pytest.approx(wanted[2], rel=1e-5)
     alone = GradientSpectrum(model, PATTERN)
     alone.measure(lambda: model(x_of(1, 6)).sum())
     assert [nuclear(each) for each in alone.gather()] == [nuclear(each) for each in alone.records]

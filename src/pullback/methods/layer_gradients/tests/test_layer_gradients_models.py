@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from pytest import approx
 from torch import nn
 from torch.nn.utils import parametrizations
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -13,6 +14,7 @@ from pullback.methods.layer_gradients import GradientSpectrum, split_heads, spli
 from pullback.methods.layer_gradients.tests import cases as models
 from pullback.methods.layer_gradients.tests import reference
 
+_spectrum: Any = GradientSpectrum  # with arguments of wrong types
 STATS = ("nuclear", "sigma1_ratio", "effective_rank", "frobenius", "sigma_max")
 
 
@@ -112,8 +114,8 @@ def test_spectra_are_those_of_the_gradients(family, route):
     }  # fmt: skip
     assert found.keys() == wanted.keys()
     for key, each in wanted.items():
-        assert found[key] == approx({name: each[name] for name in STATS}, rel=3e-4, abs=1e-9), key
-        assert found[key]["nuclear"] == approx(each["nuclear"], rel=1e-5)
+        assert found[key] == pytest.approx({name: each[name] for name in STATS}, rel=3e-4, abs=1e-9), key
+        assert found[key]["nuclear"] == pytest.approx(each["nuclear"], rel=1e-5)
     assert record.nonfinite == 0
 
 
@@ -135,7 +137,7 @@ def test_a_splitter_divides_a_fused_weight_as_the_user_says():
         splitter=lambda name, weight: split_outputs(a=32, rest=64),
     )
     found = halves.measure(lambda: loss_of(model, ids)).records[0]
-    assert found.values["nuclear"]["a"] == approx(whole.values["nuclear"]["q"], rel=1e-5)
+    assert found.values["nuclear"]["a"] == pytest.approx(whole.values["nuclear"]["q"], rel=1e-5)
     listed = split_heads(("q", "k", "v"), heads=4, width=8)
     assert listed["k"][:9] == (8, 9, 10, 11, 12, 13, 14, 15, 32)
     wanted = expected(
@@ -143,7 +145,7 @@ def test_a_splitter_divides_a_fused_weight_as_the_user_says():
     )
     heads = GradientSpectrum(model, r"h\.(?P<layer>\d+)\.attn\.c_attn\.weight", splitter=lambda *_: listed)
     found = heads.measure(lambda: loss_of(model, ids)).records[0]
-    assert found.values["nuclear"]["k"][0] == approx(wanted["k"]["nuclear"], rel=1e-5)
+    assert found.values["nuclear"]["k"][0] == pytest.approx(wanted["k"]["nuclear"], rel=1e-5)
 
 
 def test_a_splitter_may_leave_weights_whole():
@@ -175,7 +177,7 @@ def check_tied(model, x, layers):
         spec = GradientSpectrum(model, models.LINEAR, reduction="batch", route=route)
         assert spec.layers == layers
         record = spec.measure(lambda: model(x).square().sum()).records[0]
-        assert record.values["nuclear"]["weight"][0] == approx(
+        assert record.values["nuclear"]["weight"][0] == pytest.approx(
             reference.statistics(wanted)["nuclear"], rel=1e-5
         )
 
@@ -186,7 +188,7 @@ def test_an_embedding_tied_to_the_output_counts_both_uses():
     outer = Numbered(model)
     spec = GradientSpectrum(outer, r"layers\.(?P<layer>\d+)\.model\.(?P<proj>embed_tokens)")
     record = spec.measure(lambda: loss_of(outer, ids)).records[0]
-    assert record.values["nuclear"]["embed_tokens"][0] == approx(wanted["nuclear"], rel=1e-5)
+    assert record.values["nuclear"]["embed_tokens"][0] == pytest.approx(wanted["nuclear"], rel=1e-5)
 
 
 class Numbered(nn.Module):
@@ -237,7 +239,7 @@ def test_torchs_fused_attention_is_not_taken():
     with torch.no_grad():
         record = spec.measure(lambda: loss_of(model, ids)).records[0]
     assert min(min(row) for row in record.values["nuclear"].values()) > 0
-    assert record.loss == approx(float(plain), rel=1e-5)
+    assert record.loss == pytest.approx(float(plain), rel=1e-5)
     assert torch.backends.mha.get_fastpath_enabled() == fast
     feed_forward = GradientSpectrum(model, r"layers\.(?P<layer>\d+)\.(?P<proj>linear\d)", reduction="batch")
     assert feed_forward.measure(lambda: loss_of(model, ids)).records[0].values["nuclear"]["linear1"][0] > 0
@@ -254,9 +256,11 @@ def test_a_parametrised_layer_has_the_gradient_of_its_computed_weight():
     spec = GradientSpectrum(model, pattern, reduction="batch")
     assert spec.layers == {"weight": (0, 1)}
     record = spec.measure(lambda: model(x).sum()).records[0]
-    assert record.values["nuclear"]["weight"][0] == approx(reference.statistics(wanted)["nuclear"], rel=1e-5)
+    assert record.values["nuclear"]["weight"][0] == pytest.approx(
+        reference.statistics(wanted)["nuclear"], rel=1e-5
+    )
     dense = GradientSpectrum(model, pattern, reduction="batch", route="dense")
-    with pytest.raises(ValueError, match="parametrised weight 'layers.0.weight', got 'dense'"):
+    with pytest.raises(ValueError, match=r"parametrised weight 'layers.0.weight', got 'dense'"):
         dense.measure(lambda: model(x).sum())
 
 
@@ -296,8 +300,8 @@ class Two(nn.Module):
             lambda: GradientSpectrum(models.llama(), r"layers\.(?P<layer>\d+).*(?P<proj>proj)"),
             "a name of its own",
         ),
-        (lambda: GradientSpectrum(models.mlp(), 3), "match must be a string"),
-        (lambda: GradientSpectrum(models.mlp(), models.LINEAR, splitter=3), "splitter must be a function"),
+        (lambda: _spectrum(models.mlp(), 3), "match must be a string"),
+        (lambda: _spectrum(models.mlp(), models.LINEAR, splitter=3), "splitter must be a function"),
         (
             lambda: GradientSpectrum(models.mlp(), models.LINEAR, splitter=lambda *_: {"a": [6]}),
             "some of the 6 outputs",
@@ -333,11 +337,11 @@ def test_bad_matches_are_refused(make, message):
 
 def test_lazy_quantised_and_inference_weights_are_refused():
     lazy = nn.ModuleDict({"layers": nn.ModuleList([nn.LazyLinear(3)])})
-    with pytest.raises(ValueError, match="lazy weight 'layers.0.weight'"):
+    with pytest.raises(ValueError, match=r"lazy weight 'layers.0.weight'"):
         GradientSpectrum(lazy, models.LINEAR)
     model = models.mlp()
     model.layers[0].weight = nn.Parameter(torch.zeros(6, 6, dtype=torch.uint8), requires_grad=False)
-    with pytest.raises(TypeError, match="'layers.0.weight' of dtype torch.uint8. Dequantise"):
+    with pytest.raises(TypeError, match=r"'layers.0.weight' of dtype torch.uint8. Dequantise"):
         GradientSpectrum(model, models.LINEAR)
     with torch.inference_mode():
         model = models.Mlp()

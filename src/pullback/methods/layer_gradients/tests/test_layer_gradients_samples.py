@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+from typing import Any
+
 import pytest
 import torch
-from pytest import approx
 from torch import nn
 
 from pullback.core.responses import response_batch, response_loss, response_mask
@@ -12,6 +14,8 @@ from pullback.methods.layer_gradients import STATISTICS, GradientSpectrum
 from pullback.methods.layer_gradients.tests import cases as models
 from pullback.methods.layer_gradients.tests import reference
 
+_loss: Any = response_loss  # with arguments of wrong types
+_mask: Any = response_mask
 PAIRS = [([3, 4, 5], [6, 7]), ([8, 9], [10, 11, 12, 13, 14]), ([1, 2, 3, 4, 5, 6], [7])]
 PATTERN = models.LINEAR
 
@@ -29,7 +33,7 @@ def same_records(one, other, rel=1e-4):
     for a, b in zip(one, other, strict=True):
         for name, rows in a.values.items():
             for proj, row in rows.items():
-                assert row == approx(b.values[name][proj], rel=rel, abs=1e-7), (name, proj)
+                assert row == pytest.approx(b.values[name][proj], rel=rel, abs=1e-7), (name, proj)
 
 
 # --- oracle 6: per sample -------------------------------------------------------------------------------------------
@@ -48,8 +52,8 @@ def test_a_batch_equals_a_loop_over_its_examples(build):
     for index in range(3):
         loop.measure(lambda i=index: losses(model, batch, slice(i, i + 1)))
     same_records(together, loop.records)
-    assert [each.loss for each in together] == approx([each.loss for each in loop.records], rel=1e-5)
-    assert together[0].values["nuclear_per_loss"]["q"][0] == approx(
+    assert [each.loss for each in together] == pytest.approx([each.loss for each in loop.records], rel=1e-5)
+    assert together[0].values["nuclear_per_loss"]["q"][0] == pytest.approx(
         together[0].values["nuclear"]["q"][0] / together[0].loss, rel=1e-6
     )
 
@@ -58,7 +62,7 @@ def test_per_sample_equals_backpacks_batch_grad():
     backpack = pytest.importorskip("backpack")
     from backpack.extensions import BatchGrad
 
-    model = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 4))
+    model: Any = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 4))
     x, y = x_of(5, 6), torch.tensor([0, 1, 2, 3, 0])
     spec = GradientSpectrum(model, r"(?P<layer>\d+)\.(?P<proj>weight)")
     records = spec.measure(lambda: nn.functional.cross_entropy(model(x), y, reduction="none")).records
@@ -69,7 +73,7 @@ def test_per_sample_equals_backpacks_batch_grad():
     for place, layer in enumerate((0, 2)):
         values = torch.linalg.svdvals(model[layer].weight.grad_batch.double())
         found = [record.values["nuclear"]["weight"][place] for record in records]
-        assert found == approx(values.sum(1).tolist(), rel=1e-5)
+        assert found == pytest.approx(values.sum(1).tolist(), rel=1e-5)
 
 
 @pytest.mark.parametrize("tokens", [3, 40], ids=["core", "formed"])
@@ -78,7 +82,7 @@ def test_sequences_longer_than_the_layer_are_split_as_well(tokens):
     records = GradientSpectrum(model, PATTERN).measure(lambda: model(x).square().sum((1, 2))).records
     for index, record in enumerate(records):
         wanted = reference.gradients(model(x[index : index + 1]).square().sum(), [model.layers[0].weight])[0]
-        assert record.values["nuclear"]["weight"][0] == approx(
+        assert record.values["nuclear"]["weight"][0] == pytest.approx(
             reference.statistics(wanted)["nuclear"], rel=1e-5
         )
 
@@ -109,7 +113,7 @@ def test_a_layer_called_twice_adds_up_sample_by_sample():
     for index, record in enumerate(records):
         row = x[index : index + 1]
         wanted = reference.gradients(model(model(row)).sum(), [model.layers[0].weight])[0]
-        assert record.values["nuclear"]["weight"][0] == approx(
+        assert record.values["nuclear"]["weight"][0] == pytest.approx(
             reference.statistics(wanted)["nuclear"], rel=1e-5
         )
 
@@ -122,7 +126,7 @@ def test_two_backward_passes_add_up():
         out.sum().backward(retain_graph=True)
         out.square().sum().backward()
     wanted = reference.gradients(model(x).sum() + model(x).square().sum(), [model.layers[0].weight])[0]
-    assert spec.records[0].values["nuclear"]["weight"][0] == approx(
+    assert spec.records[0].values["nuclear"]["weight"][0] == pytest.approx(
         reference.statistics(wanted)["nuclear"], rel=1e-5
     )
 
@@ -131,11 +135,11 @@ def test_similarity_is_the_cosine_of_neighbours():
     model, x = models.mlp(layers=3), x_of(4, 6)
     stats = ("similarity", "nuclear")
     grads = reference.gradients(model(x).sum(), [each.weight for each in model.layers])
-    wanted = [float((a * b).sum() / (a.norm() * b.norm())) for a, b in zip(grads, grads[1:], strict=False)]
+    wanted = [float((a * b).sum() / (a.norm() * b.norm())) for a, b in itertools.pairwise(grads)]
     for route in ("auto", "dense", "low_rank"):
         spec = GradientSpectrum(model, PATTERN, stats=stats, reduction="batch", route=route)
         spec.measure(lambda: model(x).sum() * 1e-18)
-        assert spec.curve("similarity")["weight"].tolist() == approx(wanted, rel=1e-5)
+        assert spec.curve("similarity")["weight"].tolist() == pytest.approx(wanted, rel=1e-5)
         assert spec.curve("similarity").layers["weight"] == (0, 1)
 
 
@@ -150,9 +154,9 @@ def test_masked_loss_equals_slicing_by_hand_and_ignores_prompt_labels():
     for index, (prompt, response) in enumerate(PAIRS):
         scores = model(input_ids=torch.tensor([prompt + response])).logits[0]
         by_hand = reference.masked_loss(scores, prompt, response)
-        assert records[index].loss == approx(float(by_hand.detach()), rel=1e-5)
+        assert records[index].loss == pytest.approx(float(by_hand.detach()), rel=1e-5)
         wanted = reference.statistics(reference.gradients(by_hand, [weight])[0])
-        assert records[index].values["nuclear"]["v"][0] == approx(wanted["nuclear"], rel=1e-4)
+        assert records[index].values["nuclear"]["v"][0] == pytest.approx(wanted["nuclear"], rel=1e-4)
     logits = x_of(2, 5, 7).requires_grad_()
     labels = torch.tensor([[-100, -100, 3, 4, -100], [-100, 1, 2, 3, 4]])
     response_loss(logits, labels).sum().backward()
@@ -160,8 +164,8 @@ def test_masked_loss_equals_slicing_by_hand_and_ignores_prompt_labels():
     assert logits.grad[0, [1, 2]].any(1).all()
     logits = logits.detach()
     rows = response_loss(logits, labels)
-    assert float(response_loss(logits, labels, reduction="mean")) == approx(float(rows.mean()))
-    assert float(response_loss(logits[0], labels[0])[0]) == approx(float(rows[0]))
+    assert float(response_loss(logits, labels, reduction="mean")) == pytest.approx(float(rows.mean()))
+    assert float(response_loss(logits[0], labels[0])[0]) == pytest.approx(float(rows[0]))
     assert response_loss(logits.bfloat16(), labels).dtype == torch.float32
 
 
@@ -180,14 +184,14 @@ def test_responses_are_joined_as_ids():
     ("call", "message"),
     [
         (lambda: response_mask([1], []), "response_ids must hold at least one token"),
-        (lambda: response_mask("text", [1]), "prompt_ids must be a list of token ids, got 'text'"),
-        (lambda: response_mask([1], [0.5]), "response_ids must be a list of token ids"),
+        (lambda: _mask("text", [1]), "prompt_ids must be a list of token ids, got 'text'"),
+        (lambda: _mask([1], [0.5]), "response_ids must be a list of token ids"),
         (lambda: response_batch([]), "at least one prompt"),
         (lambda: response_batch(PAIRS, max_length=6), "got 6 with a prompt of 6 tokens in example 2"),
         (lambda: response_loss(torch.zeros(1, 3, 5), torch.full((1, 3), -100)), "none in example 0"),
         (lambda: response_loss(torch.zeros(1, 3, 5), torch.tensor([[4, -100, -100]])), "none in example 0"),
         (lambda: response_loss(torch.zeros(1, 3, 5), torch.zeros(1, 2, dtype=torch.long)), "Do not shift"),
-        (lambda: response_loss(torch.zeros(1, 3, 5), None), "labels must be a tensor of integers, got None"),
+        (lambda: _loss(torch.zeros(1, 3, 5), None), "labels must be a tensor of integers, got None"),
         (
             lambda: response_loss(torch.zeros(1, 3, 5), torch.zeros(1, 3)),
             "labels must be a tensor of integers",
@@ -211,7 +215,7 @@ def test_half_precision_is_decomposed_in_float32(dtype):
             GradientSpectrum(model, PATTERN, route=route).measure(lambda: model(x).float().sum()).records[0]
         )
         (wanted,) = reference.gradients(model(x).float().sum(), [model.layers[0].weight])
-        assert record.values["nuclear"]["weight"][0] == approx(
+        assert record.values["nuclear"]["weight"][0] == pytest.approx(
             reference.statistics(wanted)["nuclear"], rel=0.02
         )
 
@@ -223,11 +227,11 @@ def test_loss_scale_saves_tiny_half_gradients_and_is_divided_out():
     scaled = GradientSpectrum(model, PATTERN, loss_scale=2.0**26).measure(loss).records[0]
     big = GradientSpectrum(model, PATTERN).measure(lambda: model(x).float().sum()).records[0]
     assert plain.values["nuclear"]["weight"][0] == 0
-    assert scaled.values["nuclear"]["weight"][0] * 2.0**26 == approx(
+    assert scaled.values["nuclear"]["weight"][0] * 2.0**26 == pytest.approx(
         big.values["nuclear"]["weight"][0], rel=1e-6
     )
     assert scaled.values["sigma1_ratio"] == big.values["sigma1_ratio"]
-    assert scaled.loss == approx(big.loss * 2.0**-26)
+    assert scaled.loss == pytest.approx(big.loss * 2.0**-26)
 
 
 def test_loss_times_k_scales_sizes_alone():
@@ -243,7 +247,7 @@ def test_loss_times_k_scales_sizes_alone():
     ):
         one, eight = spec.curve(name, tag="one"), spec.curve(name, tag="eight")
         for proj in "qkvo":
-            assert eight[proj].tolist() == approx((factor * one[proj]).tolist(), rel=1e-5)
+            assert eight[proj].tolist() == pytest.approx((factor * one[proj]).tolist(), rel=1e-5)
 
 
 def test_autocast_gives_the_gradients_that_autocast_computes():
@@ -252,4 +256,6 @@ def test_autocast_gives_the_gradients_that_autocast_computes():
         record = GradientSpectrum(model, PATTERN).measure(lambda: model(x).float().sum()).records[0]
         loss = model(x).float().sum()
     (wanted,) = reference.gradients(loss, [model.layers[1].weight])
-    assert record.values["nuclear"]["weight"][1] == approx(reference.statistics(wanted)["nuclear"], rel=0.01)
+    assert record.values["nuclear"]["weight"][1] == pytest.approx(
+        reference.statistics(wanted)["nuclear"], rel=0.01
+    )
