@@ -120,6 +120,7 @@ class Twice(torch.optim.SGD):
 
 
 def test_a_subclass_that_calls_its_parents_step_counts_once():
+    torch.optim.SGD(models.mlp().parameters())  # torch hooks a class's step when its first instance is made
     model = models.mlp()
     optimizer = Twice(model.parameters(), lr=0.1)
     spec = GradientSpectrum(model, PATTERN)
@@ -292,15 +293,28 @@ def test_nothing_is_lost_on_a_full_disk(tmp_path, monkeypatch):
 # --- two processes --------------------------------------------------------------------------------------------------
 
 
+class Normed(models.Mlp):
+    """With buffers, which DistributedDataParallel broadcasts in every forward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.load_state_dict(models.mlp().state_dict())
+        self.norm = nn.BatchNorm1d(6)
+
+    def forward(self, x):
+        return self.norm(super().forward(x))
+
+
 def found_on(rank):
-    model = models.mlp()
+    model = Normed()
     wrapped = nn.parallel.DistributedDataParallel(model)
     optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
     spec = GradientSpectrum(wrapped, PATTERN)
     spec.watch(optimizer, every=2, tag="live")
     for step in range(3):
         if rank == 0:  # the other rank takes no part in a sample
-            spec.measure(lambda s=step: wrapped(x_of(2, 6, seed=s)).square().sum(1), "sample")
+            for _ in range(2):
+                spec.measure(lambda s=step: wrapped(x_of(2, 6, seed=s)).square().sum(1), "sample")
         optimizer.zero_grad()
         wrapped(x_of(4, 6, seed=10 * step + rank)).square().mean().backward()
         optimizer.step()
@@ -315,12 +329,12 @@ def found_on(rank):
 
 @pytest.mark.timeout(240)
 def test_two_processes_gather_and_read_averaged_gradients():
-    (first, second) = run_ranks(found_on)
-    assert first[:2] == second[:2] == [2 * 2 + 6, 6]
+    (first, second) = run_ranks(found_on, timeout=120.0)
+    assert first[:2] == second[:2] == [2 * 2 + 12, 12]
     assert torch.equal(first[2], second[2])
     assert torch.equal(first[5], second[5])
     assert first[4] == second[4]
-    model = models.mlp()
+    model = Normed()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     wanted = []
     for step in range(3):
