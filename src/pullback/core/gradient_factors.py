@@ -76,11 +76,8 @@ class FactorCapture:
         inner = unwrapped(self.model)
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(_plain_backends())
-            if isinstance(self.model, nn.parallel.DistributedDataParallel):
-                stack.enter_context(
-                    self.model.no_sync()
-                )  # its reducer would wait for gradients that never come
+            stack.enter_context(_eager())
+            stack.enter_context(_alone(self.model))
             stack.enter_context(no_trace(inner, training=self._training, seed=self._seed))
             stack.enter_context(_frozen(inner))
             stack.enter_context(self._with_leaves())
@@ -283,17 +280,28 @@ def _frozen(model: nn.Module) -> Generator[None]:
             parameter.requires_grad_(True)
 
 
+def _eager() -> Any:
+    """No compiled code, which would not run our hooks."""
+    if "torch._dynamo" in sys.modules:  # importing it takes seconds, and without it nothing is compiled
+        return torch.compiler.set_stance("force_eager")
+    return contextlib.nullcontext()
+
+
 @contextlib.contextmanager
-def _plain_backends() -> Generator[None]:
-    """No fused attention of torch's, which calls no layer, and no compiled code, which would not run our hooks."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    compiled = (
-        "torch._dynamo" in sys.modules
-    )  # importing it takes seconds, and without it nothing is compiled
-    stance = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
-    torch.backends.mha.set_fastpath_enabled(False)
+def _alone(model: nn.Module) -> Generator[None]:
+    """A DistributedDataParallel wrapper talks to no other rank meanwhile, and goes on afterwards as before.
+
+    Its reducer would wait for gradients that never come, and its buffers for ranks that measure nothing. ``no_sync``
+    alone leaves a mark: after it the next forward pass of this rank broadcasts no buffers, while the others wait.
+    """
+    if not isinstance(model, nn.parallel.DistributedDataParallel):
+        yield
+        return
+    wrapper: Any = model
+    kept = wrapper.require_forward_param_sync
     try:
-        with stance:
+        with wrapper.no_sync():
+            wrapper.require_forward_param_sync = False
             yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+        wrapper.require_forward_param_sync = kept

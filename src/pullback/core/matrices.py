@@ -263,7 +263,8 @@ def _parts(
     parts = []
     for key, chosen in divided.items():
         part = Part(layer, key, chosen if isinstance(chosen, slice) else tuple(int(each) for each in chosen))
-        inside = isinstance(chosen, slice) or all(0 <= each < outputs for each in chosen)
+        ends = (chosen.start or 0, (chosen.stop or outputs) - 1) if isinstance(chosen, slice) else chosen
+        inside = all(0 <= each < outputs for each in ends)
         if not inside or not part.width(outputs) or (isinstance(chosen, slice) and (chosen.step or 1) != 1):
             raise ValueError(
                 f"splitter must name some of the {outputs} outputs of {name!r}, got {shown(chosen)} for {key!r}. Give "

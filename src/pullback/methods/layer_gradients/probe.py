@@ -116,7 +116,7 @@ class GradientSpectrum(Probe):
     gradients of weights are not computed: hooks on the linear layers keep inputs A and errors B, whose product B^T A
     the gradient is, and its spectrum comes from a core as small as the number of tokens with errors.
 
-    Several calls of a layer, and several backward passes, add up within one block, as ``.grad`` does.
+    Several calls of a layer and several backward passes add up within one block, as ``.grad`` does.
 
     Args:
         model: any module; wrappers (DistributedDataParallel, a compiled module) are looked through. The attribute may
@@ -224,8 +224,7 @@ class GradientSpectrum(Probe):
             loss: the loss, or one per example, where it is known before; else set ``sample.loss`` or use
                 ``sample.backward(loss)``.
 
-        Returns:
-            The block. An exception inside it records nothing and passes on.
+        An exception inside the block records nothing and passes on.
 
         Raises:
             RuntimeError: on leaving the block, if no backward pass reached the watched weights, a watched layer was not
@@ -371,7 +370,7 @@ class GradientSpectrum(Probe):
         Raises:
             FileExistsError: if the file is there and ``resume`` is false.
             RuntimeError: if a log is open already.
-            ValueError: if the file is another one's, or its header says something else.
+            ValueError: if the file is another one's, or of other settings.
         """
         if self.log is not None and not self.log.closed:
             raise RuntimeError(
@@ -384,9 +383,10 @@ class GradientSpectrum(Probe):
         }  # fmt: skip
         log = LineLog(path, header, resume=resume)
         past = [Record.from_dict(each) for each in log.records]
-        log.append([each.to_dict() for each in self.records])
+        own = [each.to_dict() for each in self.records]
         self.records[:0] = past
         self.log = log
+        log.append(own)
         return log
 
     def gather(self) -> tuple[Record, ...]:

@@ -203,7 +203,8 @@ def read(sources: Sequence[Source], step: int) -> list[Signal]:
 def layout_of(sources: Sequence[Source]) -> dict[str, list[tuple[int, int]]]:
     """(layer, position among all matrices) in the order of the layers, by projection."""
     layout: dict[str, list[tuple[int, int]]] = {}
-    for index, part in enumerate(part for source in sources for part in source.parts):
+    parts = [part for source in sources for part in source.parts]
+    for index, part in enumerate(parts):
         layout.setdefault(part.proj, []).append((part.layer, index))
     return {proj: sorted(rows) for proj, rows in layout.items()}
 

@@ -1,11 +1,10 @@
-"""What the contracts need to know of this room's component, and small models of the families that presets know."""
+"""What the contracts need to know of this room's component, and small models of the families that the presets know."""
 
 from __future__ import annotations
 
 import warnings
 from typing import Any
 
-import pytest
 import torch
 from torch import nn
 
@@ -88,7 +87,7 @@ CASES = (
 )  # fmt: skip
 
 
-# --- small models with weights of their own -------------------------------------------------------------------------
+# --- models of the tests ---------------------------------------------------------------------------------------------
 
 
 def seeded(build, seed=0):
@@ -189,10 +188,3 @@ def ids(batch=1, tokens=9, seed=0):
 def logits(model, input_ids):
     out = model(input_ids=input_ids)
     return getattr(out, "logits", out)
-
-
-def same_records(one, other, rel=1e-4):
-    for a, b in zip(one, other, strict=True):
-        for name, rows in a.values.items():
-            for proj, row in rows.items():
-                assert row == pytest.approx(b.values[name][proj], rel=rel, abs=1e-7), (name, proj)

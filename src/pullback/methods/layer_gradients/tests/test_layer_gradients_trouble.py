@@ -1,4 +1,4 @@
-"""What a block of a measurement refuses, with the fix."""
+"""What a block leaves behind, what does not matter to it, and what it refuses."""
 
 from __future__ import annotations
 
@@ -11,18 +11,81 @@ from torch.utils.checkpoint import checkpoint
 
 from pullback.core.checks import NonFiniteError
 from pullback.methods.layer_gradients import STATISTICS, GradientSpectrum
-from pullback.methods.layer_gradients.tests import cases
+from pullback.methods.layer_gradients.tests import cases as models
 
-PATTERN = cases.LINEAR
+PATTERN = models.LINEAR
 
 
 def x_of(*shape, seed=1):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def same_records(one, other, rel=1e-4):
+    for a, b in zip(one, other, strict=True):
+        for name, rows in a.values.items():
+            for proj, row in rows.items():
+                assert row == pytest.approx(b.values[name][proj], rel=rel, abs=1e-7), (name, proj)
+
+
+# --- no trace -------------------------------------------------------------------------------------------------------
+
+
+def test_gradients_flags_and_graphs_of_the_user_survive():
+    model, x = models.mlp(layers=3), x_of(2, 6)
+    model.layers[0].weight.grad = torch.ones(6, 6)
+    model.layers[1].weight.requires_grad_(False)
+    calls = []
+    model.layers[2].weight.register_hook(calls.append)
+    model.layers[2].weight.register_post_accumulate_grad_hook(calls.append)
+    before = model(x).sum()  # a graph that waits for its backward pass
+    for route in ("auto", "dense"):
+        GradientSpectrum(model, PATTERN, reduction="batch", route=route).measure(lambda: model(x).sum())
+    assert calls == []
+    assert torch.equal(model.layers[0].weight.grad, torch.ones(6, 6))
+    assert [each.weight.requires_grad for each in model.layers] == [True, False, True]
+    assert model.layers[2].weight.grad is None
+    before.backward()
+    assert len(calls) == 2
+    assert model.layers[2].weight.grad.any()
+
+
+def test_a_frozen_model_is_measured_all_the_same():
+    model, x = models.llama(), models.ids()
+    trained = GradientSpectrum(model).measure(lambda: models.logits(model, x).sum()).records
+    model.requires_grad_(False)
+    same_records(
+        GradientSpectrum(model).measure(lambda: models.logits(model, x).sum()).records, trained, rel=1e-6
+    )
+    assert not any(each.requires_grad for each in model.parameters())
+
+
+def test_dropout_is_off_by_default_and_repeats_when_on():
+    model = models.seeded(lambda: nn.Sequential(nn.Linear(6, 6), nn.Dropout(0.5), nn.Linear(6, 6))).train()
+    pattern, x = r"(?P<layer>\d+)\.(?P<proj>weight)", x_of(4, 6)
+
+    def record(**settings):
+        spec = GradientSpectrum(model, pattern, **settings)
+        return spec.measure(lambda: model(x).square().sum(1)).records
+
+    still = record()
+    assert model.training
+    model.eval()
+    same_records(still, record(training=None), rel=1e-6)
+    model.train()
+    noisy = record(training=None)
+    assert noisy == record(training=True)
+    assert noisy != record(training=None, seed=1)
+    assert noisy[0].values["nuclear"]["weight"][0] != pytest.approx(
+        still[0].values["nuclear"]["weight"][0], rel=1e-3
+    )
+
+
+# --- trouble --------------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("route", ["auto", "dense", "low_rank"])
 def test_nan_is_recorded_for_its_matrix_and_counted(route):
-    model, x = cases.mlp(), x_of(1, 3, 6)
+    model, x = models.mlp(), x_of(1, 3, 6)
     model.layers[1].register_full_backward_hook(lambda module, inward, outward: (inward[0] * math.nan,))
     spec = GradientSpectrum(model, PATTERN, route=route)
     spec.measure(lambda: model(x).sum(), "t")
@@ -38,7 +101,7 @@ def test_nan_is_recorded_for_its_matrix_and_counted(route):
 
 
 def test_zero_gradients_are_zero_in_every_statistic():
-    model, x = cases.mlp(), x_of(2, 3, 6)
+    model, x = models.mlp(), x_of(2, 3, 6)
     for route in ("auto", "dense"):
         spec = GradientSpectrum(model, PATTERN, stats=STATISTICS, route=route, reduction="batch")
         record = spec.measure(lambda: model(x).sum() * 0.0 + 1.0).records[0]
@@ -88,7 +151,7 @@ class Flat(nn.Module):
     ids=["nothing", "forward", "half", "no_grad", "reentrant", "in_place"],
 )
 def test_blocks_in_which_nothing_can_be_seen_are_refused(inside, message):
-    model, x = cases.mlp(), x_of(1, 6)
+    model, x = models.mlp(), x_of(1, 6)
     spec = GradientSpectrum(model, PATTERN)
     with pytest.raises(RuntimeError, match=message):
         run(spec, lambda: inside(model, x))
@@ -98,7 +161,7 @@ def test_blocks_in_which_nothing_can_be_seen_are_refused(inside, message):
 
 
 def test_outer_no_grad_and_inference_mode_do_not_matter():
-    model = cases.mlp()
+    model = models.mlp()
     wanted = GradientSpectrum(model, PATTERN).measure(lambda: model(x_of(1, 6)).sum())
     for outside in (torch.no_grad(), torch.inference_mode()):
         with outside:
@@ -106,7 +169,7 @@ def test_outer_no_grad_and_inference_mode_do_not_matter():
 
 
 def test_checkpoints_without_reentry_work():
-    model, x = cases.mlp(), x_of(2, 4, 6)
+    model, x = models.mlp(), x_of(2, 4, 6)
     plain = GradientSpectrum(model, PATTERN).measure(lambda: model(x).square().sum((1, 2)))
 
     def forward():
@@ -114,11 +177,11 @@ def test_checkpoints_without_reentry_work():
         return torch.tanh(model.layers[1](torch.tanh(hidden))).square().sum((1, 2))
 
     spec = GradientSpectrum(model, PATTERN)
-    cases.same_records(spec.measure(forward).records, plain.records, rel=1e-6)
+    same_records(spec.measure(forward).records, plain.records, rel=1e-6)
 
 
 def test_a_compiled_model_is_measured_eagerly():
-    model, x = cases.mlp(), x_of(1, 6)
+    model, x = models.mlp(), x_of(1, 6)
     wanted = GradientSpectrum(model, PATTERN).measure(lambda: model(x).sum())
     compiled = torch.compile(model, backend="eager")
     compiled(x)
@@ -127,14 +190,14 @@ def test_a_compiled_model_is_measured_eagerly():
 
 
 def test_samples_of_one_probe_do_not_nest():
-    model, x = cases.mlp(), x_of(1, 6)
+    model, x = models.mlp(), x_of(1, 6)
     spec = GradientSpectrum(model, PATTERN)
     with pytest.raises(RuntimeError, match="must not be nested"), spec.sample(), spec.sample():
         pass
     with spec.sample() as sample:
         sample.backward(model(x).sum())
     assert len(spec.records) == 1
-    with pytest.raises(RuntimeError, match="inside the sample's with block"):
+    with pytest.raises(RuntimeError, match=r"inside the sample's with block"):
         sample.backward(model(x).sum())
 
 
@@ -156,7 +219,7 @@ def test_samples_of_one_probe_do_not_nest():
     ids=["tags", "keys", "loss", "detached", "number", "parts", "unequal", "own backward"],
 )
 def test_per_sample_requests_that_do_not_fit(act, message):
-    model, x = cases.mlp(), x_of(2, 6)
+    model, x = models.mlp(), x_of(2, 6)
     spec = GradientSpectrum(model, PATTERN)
     if message is None:
         act(spec, model, x)
@@ -168,22 +231,22 @@ def test_per_sample_requests_that_do_not_fit(act, message):
 
 
 def test_axes_that_are_lost_inside_the_model_are_refused():
-    model = cases.seeded(Flat)
+    model = models.seeded(Flat)
     with pytest.raises(
         RuntimeError, match=r"'layers.0.weight' must have the 2 samples along axis 0, got the shape \(8, 6\)"
     ):
         GradientSpectrum(model, PATTERN).measure(lambda: model(x_of(2, 4, 6)).sum((1, 2)))
     assert len(GradientSpectrum(model, PATTERN).measure(lambda: model(x_of(1, 4, 6)).sum()).records) == 1
-    encoder = cases.encoder()
+    encoder = models.encoder()
     with pytest.raises(RuntimeError, match="need one example per sample, got 2"):
-        GradientSpectrum(encoder).measure(lambda: encoder(cases.ids(2)).sum((1, 2)))
-    assert GradientSpectrum(encoder, reduction="batch").measure(lambda: encoder(cases.ids(2)).sum()).records
+        GradientSpectrum(encoder).measure(lambda: encoder(models.ids(2)).sum((1, 2)))
+    assert GradientSpectrum(encoder, reduction="batch").measure(lambda: encoder(models.ids(2)).sum()).records
 
 
 def test_a_required_loss_that_is_missing_is_refused():
-    model, x = cases.mlp(), x_of(1, 6)
+    model, x = models.mlp(), x_of(1, 6)
     spec = GradientSpectrum(model, PATTERN, stats=("nuclear_per_loss",))
-    with pytest.raises(RuntimeError, match="the loss must be known for 'nuclear_per_loss'"):
+    with pytest.raises(RuntimeError, match=r"the loss must be known for 'nuclear_per_loss'"):
         run(spec, lambda: model(x).sum().backward())
     with spec.sample(loss=2.0):
         model(x).sum().backward()
@@ -196,16 +259,15 @@ def test_a_required_loss_that_is_missing_is_refused():
 
 
 def test_an_error_in_the_block_passes_on_and_records_nothing():
-    model = cases.mlp()
+    model = models.mlp()
     spec = GradientSpectrum(model, PATTERN)
 
-    def fail():
-        with spec.sample():
-            model(x_of(1, 6)).sum().backward()
-            raise ArithmeticError("mine")
+    def fails():
+        model(x_of(1, 6)).sum().backward()
+        raise ArithmeticError("mine")
 
     with pytest.raises(ArithmeticError, match="mine"):
-        fail()
+        run(spec, fails)
     assert spec.records == []
     assert not model.layers[0]._forward_hooks
     assert all(each.grad is None and each.requires_grad for each in model.parameters())
