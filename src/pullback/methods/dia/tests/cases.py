@@ -1,6 +1,7 @@
 """Small victims with dropout, what a client of theirs shares, and what the contracts need to know of the attack."""
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -123,7 +124,7 @@ _X, _Y = picture(4), torch.tensor([2])
 
 
 def _attack(**changed):
-    settings = {
+    settings: dict[str, Any] = {
         "bounds": (0.0, 1.0),
         "max_iters": 250,
         "schedule": "milestones",

@@ -33,7 +33,7 @@ def test_a_client_with_dropout_is_attacked_with_masks():
     model, x, y = perceptron(0.25, side=8, width=64), picture(8, 2), torch.tensor([1, 3])
     report = audit(model, LOSS, x, y, reference=picture(8, 9)[2:], **QUICK)
     assert list(rows(report)) == ["attack", "one colour (mean)", "nearest reference"]
-    assert report.mask_accuracy > 0.9
+    assert (report.mask_accuracy or 0) > 0.9
     assert report.psnr == pytest.approx(psnr(report.images, x).mean().item())
     assert report.psnr > rows(report)["one colour (mean)"].psnr.mean() + 3
     assert report.labels_right is None
@@ -145,7 +145,7 @@ def test_the_same_seed_gives_the_same_report():
 @pytest.mark.parametrize("make", [lenet, ViT], ids=["lenet", "vit"])
 def test_other_architectures(make):
     report = audit(seeded(make()).train(), LOSS, picture(8, 1, torch.float32), torch.tensor([1]), max_iters=5)
-    assert report.mask_accuracy > 0.5
+    assert (report.mask_accuracy or 0) > 0.5
     assert not report.leak.exact
 
 
@@ -205,7 +205,7 @@ def test_defences_hide_and_cost():
     assert table["none"].psnr > table["noise"].psnr + 5
     assert table["none"].psnr > table["both"].psnr + 5
     assert max(table[name].utility for name in ("noise", "both", "dropout 0.5")) < 0.95
-    assert table["dropout 0.5"].report.mask_accuracy > 0.9
+    assert (table["dropout 0.5"].report.mask_accuracy or 0) > 0.9
     assert table["noise"].ssim == table["noise"].report.ssim
     assert model[3].p == 0.0
 

@@ -158,8 +158,8 @@ def test_masks_that_do_not_fit_are_refused():
 
 
 class Own(nn.Dropout):
-    def forward(self, x):
-        return super().forward(x)
+    def forward(self, input):
+        return super().forward(input)
 
 
 @pytest.mark.parametrize(
