@@ -77,7 +77,7 @@ class GoodSearch(Search):
     """Gradient descent with a seeded start."""
 
     def __init__(self, rate: float = 0.2, budget=200):
-        self.rate, self.budget, self.model = positive("rate", rate), budget, None
+        self.rate, self.budget = positive("rate", rate), budget
         with keeping_rng():
             self.model = perceptron()
 

@@ -25,9 +25,8 @@ FIXED: dict[str, Any] = {"tolerance": 0.0, "stop_patience": None}
 
 
 def inversion(model, masks="search", **settings):
-    return DropoutInversion(
-        model, LOSS, masks=masks, **{"max_iters": 30, "bounds": (0.0, 1.0), **FIXED, **settings}
-    )
+    given: dict[str, Any] = {"max_iters": 30, "bounds": (0.0, 1.0), **FIXED, **settings}
+    return DropoutInversion(model, LOSS, masks=masks, **given)
 
 
 def solved(model, x, y, masks="search", seed=0, **settings):
