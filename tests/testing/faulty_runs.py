@@ -232,6 +232,14 @@ class CarryingOver(GoodSearch):
         return replace(result, value=result.value + 1e-6 * self.runs)
 
 
+class Dozing(GoodSearch):
+    """Leaves the user's model in eval mode."""
+
+    def run(self, gradient, budget=None, seed=0):
+        self.model.eval()
+        return super().run(gradient, budget, seed)
+
+
 class TensorLoss(GoodLearner):
     """Returns its loss as a tensor."""
 
@@ -421,6 +429,7 @@ FAULTS = (
     fault("failure_is_a_status", SEARCH, Raising),
     fault("seeded_search", SEARCH, GlobalStart, also="global_generators"),
     fault("reusable_search", SEARCH, CarryingOver),
+    fault("searched_model_left_alone", SEARCH, Dozing),
     fault("losses_form", LEARNER, TensorLoss),
     fault("loss_falls", LEARNER, Upside),
     fault("separates", LEARNER, Flipped),

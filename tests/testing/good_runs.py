@@ -13,6 +13,7 @@ from pullback.core.kinds import Field, Learner, Probe, Recompute, Search, Search
 from pullback.core.state import check_state
 from pullback.core.streams import generator
 from pullback.testing import Case
+from pullback.testing.tools import keeping_rng, perceptron
 
 
 class GoodRecompute(Recompute):
@@ -78,6 +79,8 @@ class GoodSearch(Search):
 
     def __init__(self, rate: float = 0.2, budget=200):
         self.rate, self.budget = positive("rate", rate), budget
+        with keeping_rng():
+            self.model = perceptron()
 
     def start(self, seed):
         return torch.randn(2, generator=generator("search", seed), dtype=torch.float64)

@@ -16,7 +16,7 @@ from pullback.core.inversion_terms import total_variation
 from pullback.core.inversion_victim import Victim
 from pullback.core.streams import generator
 
-Bounds: TypeAlias = tuple[float | Tensor, float | Tensor]
+Bounds: TypeAlias = tuple[int | float | Tensor, int | float | Tensor]
 """Smallest and largest value of a pixel: numbers, or tensors that broadcast to one input, such as [C, 1, 1]."""
 Start: TypeAlias = Literal["normal", "uniform", "zeros"] | Tensor
 

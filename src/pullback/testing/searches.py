@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from pullback.testing.case import Case
 from pullback.testing.check import BrokenContract, NotApplicable, check
 from pullback.testing.exercise import built, search
-from pullback.testing.tools import expect_same
+from pullback.testing.tools import expect_same, flags, gradients, hooks, values
 
 _STATUSES = ("converged", "max_steps", "diverged")
 
@@ -85,3 +86,23 @@ def reusable_search(case: Case) -> None:
     component = built(case)
     first = _value(search(case, component, None, 0))
     expect_same(_value(search(case, component, None, 0)), first, "A second run differs from the first")
+
+
+@check("search", refusable="no")
+def searched_model_left_alone(case: Case) -> None:
+    """A search on the user's model leaves its weights, buffers, gradients, flags and hooks as they were."""
+    component = built(case)
+    model = getattr(component, "model", None)
+    if not isinstance(model, nn.Module):
+        raise NotApplicable("the search has no model")
+    model.train()
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    before = [values(model), gradients(model), flags(model), hooks(model)]
+    search(case, component, 2, 0)
+    expect_same(
+        [values(model), gradients(model), flags(model), hooks(model)],
+        before,
+        "The search changed the model it was given",
+        fix="Use torch.autograd.grad, and put modes, flags and hooks back in a finally block.",
+    )

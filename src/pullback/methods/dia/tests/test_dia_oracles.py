@@ -138,7 +138,7 @@ def test_at_the_truth_only_the_priors_are_left(case, monkeypatch):
     assert priors > 0.01
 
 
-def test_slopes_are_those_of_finite_differences():
+def test_slopes_are_those_of_finite_differences(monkeypatch):
     model, x, y = perceptron(0.3, width=5, side=2), picture(2, 2), torch.tensor([1, 3])
     gradients, _ = client(model, x, y)
     tried = inversion(model, tv=0.1, mask_reg=0.1)

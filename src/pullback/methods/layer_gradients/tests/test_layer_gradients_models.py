@@ -234,7 +234,7 @@ def test_an_activation_in_place_on_a_view_is_followed():
     class Conv1D(nn.Linear):
         """Linear by another name: the weight is stored the other way round, the output is a view."""
 
-        def forward(self, x):
+        def forward(self, x):  # ty: ignore[lost-keyword-for-regular-parameter]
             out = torch.addmm(self.bias, x.flatten(0, -2), self.weight)
             return out.view(*x.shape[:-1], -1)
 
