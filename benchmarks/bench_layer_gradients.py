@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 from collections.abc import Callable
@@ -86,7 +87,7 @@ def whole_model() -> list[Row]:
     found = ratio_to(
         "watched",
         {"watched": passes("self_attn"), "all": passes(""), "probe": lambda: probe.measure(loss)},
-        5,
+        3,
     )
     slow = ratio_to("watched", {"watched": passes("self_attn"), "dense": lambda: dense.measure(loss)}, 1)
     model.requires_grad_(True)
@@ -102,6 +103,56 @@ def whole_model() -> list[Row]:
     ]
 
 
+def per_sample() -> Row:
+    """Sixteen examples of a perceptron at once, against BackPACK's gradients of each and their svdvals."""
+    what, against = "spectra of 16 examples, 3 layers of 256 units", "BackPACK's BatchGrad and svdvals"
+    try:
+        import backpack
+        from backpack.extensions import BatchGrad
+    except ImportError:
+        return Row(what, against, skipped="backpack-for-pytorch is not installed")
+    g = torch.Generator().manual_seed(2)
+    x, y = torch.randn(16, 256, generator=g), torch.randint(256, (16,), generator=g)
+    layers = [nn.Linear(256, 256) for _ in range(3)]
+    model = nn.Sequential(layers[0], nn.Tanh(), layers[1], nn.Tanh(), layers[2])
+    probe = GradientSpectrum(model, r"(?P<layer>\d+)\.(?P<proj>weight)")
+    extended, loss = (
+        backpack.extend(copy.deepcopy(model)),
+        backpack.extend(nn.CrossEntropyLoss(reduction="sum")),
+    )
+    inputs = x.clone().requires_grad_()
+
+    def peer() -> list[torch.Tensor]:
+        extended.zero_grad()
+        with backpack.backpack(BatchGrad()):
+            loss(extended(inputs), y).backward()
+        return [
+            torch.linalg.svdvals(each.weight.grad_batch) for each in extended if isinstance(each, nn.Linear)
+        ]
+
+    def ours() -> object:
+        return probe.measure(lambda: nn.functional.cross_entropy(model(x), y, reduction="none"))
+
+    return Row(what, against, ratio_to("peer", {"peer": peer, "ours": ours}, 3)["ours"])
+
+
+def between_readings() -> Row:
+    """What a watch costs in the steps that it does not read."""
+    steps = {}
+    for name in ("plain", "watched"):
+        model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(8)))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        model(torch.randn(4, 64)).sum().backward()
+        if name == "watched":
+            watched = GradientSpectrum(model, r"(?P<layer>\d+)\.(?P<proj>weight)", stats=("nuclear",))
+            watched.watch(optimizer, every=10**9, first=1)
+        steps[name] = optimizer.step
+    found = ratio_to(
+        "plain", {name: lambda f=step: [f() for _ in range(20)] for name, step in steps.items()}, 25
+    )
+    return Row("step of a watched optimizer between readings", "the step without a watch", found["watched"])
+
+
 def ratios() -> list[Row]:
     """All rows of this benchmark."""
-    return [*one_projection(), *whole_model()]
+    return [*one_projection(), *whole_model(), per_sample(), between_readings()]
