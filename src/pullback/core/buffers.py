@@ -1,8 +1,9 @@
-"""Buffers that a cast of the model must not round."""
+"""Buffers that a cast of the model must not round, and buffers that a measurement must not touch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,3 +27,21 @@ class ExactBuffers(_Module):
             dtype = torch.promote_types(new.dtype, torch.float32)
             setattr(self, name, new.to(dtype) if old.is_meta else old.to(new.device, dtype))
         return self
+
+
+@contextlib.contextmanager
+def buffers_apart(model: nn.Module) -> Generator[None]:
+    """Exchange all buffers for copies meanwhile, and put the originals back, also after an exception.
+
+    Writing to the originals and restoring their values would still spoil a graph of the user's that waits for its
+    backward pass.
+    """
+    kept = [(module, dict(module._buffers)) for module in model.modules()]
+    copies = {id(each): each.detach().clone() for _, own in kept for each in own.values() if each is not None}
+    try:
+        for module, own in kept:
+            module._buffers.update({name: copies.get(id(each)) for name, each in own.items()})
+        yield
+    finally:
+        for module, own in kept:
+            module._buffers.update(own)

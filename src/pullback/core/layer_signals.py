@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pullback.core.buffers import buffers_apart
 from pullback.core.layer_rows import (
     Call,
     Recorder,
@@ -68,29 +69,19 @@ def full_precision(model: nn.Module) -> Generator[None]:
 
 @contextlib.contextmanager
 def no_trace(model: nn.Module, *, training: bool | None, seed: int) -> Generator[None]:
-    """Run with gradients and private random numbers; put back all that a pass may change, also after an exception.
-
-    Buffers are exchanged for copies meanwhile: writing to the originals and restoring their values would still spoil a
-    graph of the user's that waits for its backward pass.
-    """
+    """Run with gradients and private random numbers; put back all that a pass may change, also after an exception."""
     modes = [(module, module.training) for module in model.modules()]
-    buffers = [(module, dict(module._buffers)) for module in model.modules()]
-    copies = {id(each): each.clone() for _, own in buffers for each in own.values() if each is not None}
     states = rng_state()
     try:
         torch.manual_seed(stream_seed("signals", seed))
-        for module, own in buffers:
-            module._buffers.update({name: copies.get(id(each)) for name, each in own.items()})
         if training is not None:
             model.train(training)
-        with torch.enable_grad(), _eager(model):
+        with buffers_apart(model), torch.enable_grad(), _eager(model):
             yield
     finally:
         set_rng_state(states)
         for module, mode in modes:
             module.training = mode
-        for module, own in buffers:
-            module._buffers.update(own)
 
 
 def _eager(model: nn.Module) -> Any:

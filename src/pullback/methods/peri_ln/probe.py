@@ -13,6 +13,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from pullback.core.buffers import buffers_apart
 from pullback.core.checks import instance, integer, positive
 from pullback.core.kinds import Probe
 from pullback.core.residual import Block, Branch, find_blocks, recognise
@@ -196,9 +197,8 @@ class ResidualStreamProbe(Probe):
             ValueError: if its loss is no scalar.
         """
         random = rng_state()
-        buffers = [(each, each.detach().clone()) for each in self.model.buffers()]
         try:
-            with torch.inference_mode(False), torch.enable_grad(), self:
+            with torch.inference_mode(False), buffers_apart(self.model), torch.enable_grad(), self:
                 loss = instance("the result of loss_fn", loss_fn(self.model, *batch), Tensor)
                 if loss.dim():
                     raise ValueError(
@@ -209,9 +209,6 @@ class ResidualStreamProbe(Probe):
                     torch.autograd.grad(loss, wanted, allow_unused=True)
         finally:
             set_rng_state(random)
-            with torch.no_grad():
-                for buffer, before in buffers:
-                    buffer.copy_(before)
         return self.report()
 
     # --- results --------------------------------------------------------------------------------------------
