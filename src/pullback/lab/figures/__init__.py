@@ -14,6 +14,7 @@ It is called inside `style()`, never needs a display and must not use pyplot.
 
 from pullback.lab.figures.conflict import conflict_history
 from pullback.lab.figures.helpers import decision_regions, image_grid, scatter_2d
+from pullback.lab.figures.reconstructions import audit_pictures
 from pullback.lab.figures.style import (
     BASELINE,
     CEILING,
@@ -40,6 +41,7 @@ __all__ = [
     "SERIES",
     "WIDE",
     "arm_colours",
+    "audit_pictures",
     "conflict_history",
     "decision_regions",
     "image_grid",

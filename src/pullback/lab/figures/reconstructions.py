@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -54,6 +54,39 @@ def reconstructions(
     width = min(WIDE, 0.5 + 0.95 * len(seeds))
     images = [found[seed] for found in shown.values() for seed in seeds]
     return image_grid(images, titles, columns=len(seeds), row_titles=tuple(shown), width=width)
+
+
+def audit_pictures(report: Any, *, limit: int = 8) -> Figure:
+    """The pictures of a privacy audit: the originals, what the attack found, and what needs no gradient.
+
+    Args:
+        report: of `pullback.audit`, of images [batch, channels, height, width]. Grey values run from the smallest
+            to the largest entry of the originals; channels other than 3 are averaged.
+        limit: images at most.
+
+    Returns:
+        A row for the originals and one for each score, with the PSNR in dB above every image.
+
+    Raises:
+        ValueError: if the inputs are no images.
+    """
+    truth = report.truth
+    if truth.dim() != 4:
+        raise ValueError(
+            f"report must be of images [batch, channels, height, width], got inputs of shape {tuple(truth.shape)}. "
+            "Print it instead."
+        )
+    low, high = float(truth.min()), float(truth.max())
+    rows = {"original": truth, **{score.name: score.images for score in report.scores}}
+    images, titles = list[np.ndarray](), [""] * min(limit, len(truth))
+    for tensor in rows.values():
+        unit = ((tensor[:limit].detach().cpu().double() - low) / ((high - low) or 1.0)).clamp(0, 1).numpy()
+        images += [each.transpose(1, 2, 0) if len(each) == 3 else each.mean(0) for each in unit]
+    for score in report.scores:
+        titles += [f"{value:.0f}" for value in score.psnr[:limit].tolist()]
+    columns = min(limit, len(truth))
+    width = min(WIDE, 1.6 + 0.95 * columns)
+    return image_grid(images, titles, columns=columns, row_titles=tuple(rows), width=width)
 
 
 def trade_off(result: TrialResult, name: str, *, xlabel: str, ylabel: str) -> Figure:

@@ -11,10 +11,13 @@ import pytest
 import torch
 from torch import nn
 
+from pullback.lab.figures import audit_pictures
 from pullback.lab.models import inverted
 from pullback.lab.models.victims import victim
+from pullback.methods.dia import audit
 from pullback.methods.dia import study as studies
 from pullback.methods.dia.study import Config, Defended, run, run_defended, shared_gradient
+from pullback.methods.dia.tests import cases
 
 TINY = Config("mlp", 0.5, 30, width=16)
 
@@ -193,3 +196,19 @@ def test_drawings_show_what_ran():
     traded: Any = SimpleNamespace(cells=cells, arms=arms)
     (ax,) = studies.draw_trade(traded).axes
     assert "PSNR" in ax.get_ylabel()
+
+
+def test_an_audit_has_pictures_of_what_was_found_and_of_its_rivals():
+    model = cases.perceptron(0.0, side=4)
+    x, y = cases.picture(4, 2), torch.tensor([1, 3])
+    report = audit(model, cases.LOSS, x, y, bounds=(0.0, 1.0), max_iters=3, reference=cases.picture(4, 5)[2:])
+    figure = audit_pictures(report)
+    assert len(figure.axes) == 2 * (1 + len(report.scores))
+    shown = np.asarray(figure.axes[0].get_images()[0].get_array())
+    low, high = float(x.min()), float(x.max())
+    np.testing.assert_allclose(shown, (x[0, 0].double().numpy() - low) / (high - low), atol=1e-6)
+    assert figure.axes[2].get_title(loc="left") == f"{float(report.scores[0].psnr[0]):.0f}"
+    assert len(audit_pictures(report, limit=1).axes) == 1 + len(report.scores)
+    flat = replace(report, truth=x.flatten(1))
+    with pytest.raises(ValueError, match=r"report must be of images .* got inputs of shape \(2, 16\)"):
+        audit_pictures(flat)
